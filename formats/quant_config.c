@@ -1,0 +1,264 @@
+#include "formats/quant_config.h"
+
+#include "base/err.h"
+#include "base/mem.h"
+
+#include <regex.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+int quant_config_add(char ***list, size_t *n, const char *pattern)
+{
+    char **bigger = realloc(*list, (*n + 1) * sizeof *bigger);
+    if (!bigger)
+        return err_set(ERR_MEMORY, "out of memory for a list of patterns");
+    *list = bigger;
+    if (!(bigger[*n] = mem_strdup(pattern)))
+        return ERR_MEMORY;
+    ++*n;
+    return 0;
+}
+
+int quant_config_add_group(struct quant_config *cfg, struct quant_scheme scheme, struct quant_group **group)
+{
+    struct quant_group *bigger = realloc(cfg->groups, (cfg->n_groups + 1) * sizeof *bigger);
+    if (!bigger)
+        return err_set(ERR_MEMORY, "out of memory for a quantization group");
+    cfg->groups = bigger;
+    *group = &bigger[cfg->n_groups++];
+    **group = (struct quant_group){.scheme = scheme};
+    return 0;
+}
+
+static void free_list(char **list, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        free(list[i]);
+    free(list);
+}
+
+void quant_config_free(struct quant_config *cfg)
+{
+    for (size_t g = 0; g < cfg->n_groups; g++)
+        free_list(cfg->groups[g].targets, cfg->groups[g].n_targets);
+    free(cfg->groups);
+    free_list(cfg->ignore, cfg->n_ignore);
+    *cfg = (struct quant_config){0};
+}
+
+/* --- writing -------------------------------------------------------------------------------------------------- */
+
+static void write_list(struct text *out, const char *key, char *const *list, size_t n)
+{
+    json_put_key(out, key);
+    json_begin_array(out);
+    for (size_t i = 0; i < n; i++)
+        json_put_string(out, list[i]);
+    json_end_array(out);
+}
+
+static void write_group(const struct quant_config *cfg, size_t index, struct text *out)
+{
+    const struct quant_group *g = &cfg->groups[index];
+    char key[32];
+    snprintf(key, sizeof key, "group_%zu", index);
+    json_put_key(out, key);
+    json_begin_object(out);
+    write_list(out, "targets", g->targets, g->n_targets);
+    json_put_key(out, "weights");
+    json_begin_object(out);
+    json_kv_int(out, "num_bits", g->scheme.bits);
+    json_kv_string(out, "type", "int");
+    json_kv_bool(out, "symmetric", g->scheme.symmetric);
+    json_kv_string(out, "strategy", g->scheme.group ? "group" : "channel");
+    json_put_key(out, "group_size");
+    if (g->scheme.group)
+        json_put_int(out, g->scheme.group);
+    else
+        json_put_null(out);
+    json_kv_bool(out, "dynamic", false);
+    json_kv_string(out, "actorder", cfg->act_order ? "weight" : NULL);
+    json_kv_string(out, "observer", "minmax");
+    json_put_key(out, "observer_kwargs");
+    json_begin_object(out);
+    json_end_object(out);
+    json_kv_string(out, "block_structure", NULL);
+    json_end_object(out);
+    json_kv_string(out, "input_activations", NULL);
+    json_kv_string(out, "output_activations", NULL);
+    json_end_object(out);
+}
+
+void quant_config_write(const struct quant_config *cfg, struct text *out)
+{
+    json_begin_object(out);
+    json_put_key(out, "config_groups");
+    json_begin_object(out);
+    for (size_t g = 0; g < cfg->n_groups; g++)
+        write_group(cfg, g, out);
+    json_end_object(out);
+    json_kv_string(out, "format", "pack-quantized");
+    json_kv_string(out, "global_compression_ratio", NULL);
+    write_list(out, "ignore", cfg->ignore, cfg->n_ignore);
+    json_kv_string(out, "kv_cache_scheme", NULL);
+    json_kv_string(out, "quant_method", "compressed-tensors");
+    json_kv_string(out, "quantization_status", "compressed");
+    json_end_object(out);
+}
+
+/* --- reading -------------------------------------------------------------------------------------------------- */
+
+static int read_list(struct json obj, const char *key, char ***list, size_t *n)
+{
+    const struct json array = json_member(obj, key);
+    if (!json_exists(array))
+        return 0;
+    if (!json_is_array(array))
+        return json_error(array, "is not a list");
+    int rc = 0;
+    for (struct json e = json_first(array); !rc && e.node; e = json_next(e)) {
+        const char *pattern;
+        rc = json_as_string(e, &pattern);
+        if (!rc)
+            rc = quant_config_add(list, n, pattern);
+    }
+    return rc;
+}
+
+static int read_scheme(struct json group, struct quant_scheme *s, bool *act_order)
+{
+    struct json weights;
+    int64_t bits;
+    const char *type, *strategy, *actorder;
+    int rc = json_get_object(group, "weights", &weights);
+    if (!rc)
+        rc = json_get_int(weights, "num_bits", 1, 16, &bits);
+    if (!rc)
+        rc = json_opt_string(weights, "type", "int", &type);
+    if (!rc)
+        rc = json_opt_bool(weights, "symmetric", true, &s->symmetric);
+    if (!rc)
+        rc = json_get_string(weights, "strategy", &strategy);
+    if (!rc)
+        rc = json_opt_int(weights, "group_size", -1, INT32_MAX, -1, &s->group);
+    if (!rc && json_is_string(json_member(weights, "actorder"))) {
+        rc = json_get_string(weights, "actorder", &actorder);
+        *act_order = true;
+    }
+    if (rc < 0)
+        return rc;
+    if (strcmp(type, "int") || (bits != 4 && bits != 8))
+        return json_error(weights, "is %s%d, expected int4 or int8", type, (int)bits);
+    if (strcmp(strategy, "group") && strcmp(strategy, "channel"))
+        return json_error(weights, "has strategy '%s', expected group or channel", strategy);
+    if (json_exists(json_member(group, "input_activations")))
+        return json_error(group, "quantizes activations, expected weights only");
+    s->bits = (int)bits;
+    if (!strcmp(strategy, "channel") || s->group == -1)
+        s->group = 0;
+    return 0;
+}
+
+int quant_config_read(struct quant_config *out, struct json q)
+{
+    *out = (struct quant_config){0};
+    const char *method, *format;
+    struct json groups;
+    int rc = json_get_string(q, "quant_method", &method);
+    if (!rc && strcmp(method, "compressed-tensors"))
+        return json_error(json_member(q, "quant_method"), "is '%s', expected compressed-tensors", method);
+    if (!rc)
+        rc = json_get_string(q, "format", &format);
+    if (!rc && strcmp(format, "pack-quantized"))
+        return json_error(json_member(q, "format"), "is '%s', expected pack-quantized", format);
+    if (!rc)
+        rc = json_get_object(q, "config_groups", &groups);
+    for (struct json g = rc ? (struct json){0} : json_first(groups); !rc && g.node; g = json_next(g)) {
+        struct quant_group *group = NULL;
+        struct quant_scheme scheme = {0};
+        rc = json_is_object(g) ? read_scheme(g, &scheme, &out->act_order) : json_error(g, "is not an object");
+        if (!rc)
+            rc = quant_config_add_group(out, scheme, &group);
+        if (!rc)
+            rc = read_list(g, "targets", &group->targets, &group->n_targets);
+    }
+    if (!rc)
+        rc = read_list(q, "ignore", &out->ignore, &out->n_ignore);
+    if (rc < 0)
+        quant_config_free(out);
+    return rc;
+}
+
+/* --- matching ------------------------------------------------------------------------------------------------- */
+
+/* How a pattern is tried: readers look for exact names first, then expressions, then class names. */
+enum match_kind { MATCH_NAME, MATCH_REGEX, MATCH_CLASS };
+
+/* Python's re.match is anchored at the start only. POSIX extended syntax covers what such lists contain; a
+ * pattern with other constructs is reported, not guessed. */
+static int match_regex(const char *pattern, const char *module)
+{
+    static const char *const not_posix[] = {"(?", "\\d", "\\w", "*?", "+?", "{", "\\1"};
+    for (size_t i = 0; i < sizeof not_posix / sizeof *not_posix; i++)
+        if (strstr(pattern, not_posix[i]))
+            return err_set(ERR_UNSUPPORTED, "cannot evaluate the pattern 're:%s'", pattern);
+    char *anchored = mem_printf("^(%s)", pattern);
+    regex_t re;
+    if (!anchored)
+        return ERR_MEMORY;
+    const int failed = regcomp(&re, anchored, REG_EXTENDED | REG_NOSUB);
+    free(anchored);
+    if (failed)
+        return err_set(ERR_FORMAT, "'re:%s' is not a regular expression", pattern);
+    const int matches = regexec(&re, module, 0, NULL, 0) == 0;
+    regfree(&re);
+    return matches;
+}
+
+static int match_one(const char *pattern, enum match_kind kind, const char *module)
+{
+    if (!strncmp(pattern, "re:", 3))
+        return kind == MATCH_REGEX ? match_regex(pattern + 3, module) : 0;
+    if (strchr(pattern, '.'))
+        return kind == MATCH_NAME && !strcmp(pattern, module);
+    return kind == MATCH_CLASS ? !strcmp(pattern, "Linear") : kind == MATCH_NAME && !strcmp(pattern, module);
+}
+
+int quant_config_match(const struct quant_config *cfg, const char *module, struct quant_scheme *scheme)
+{
+    for (int kind = MATCH_NAME; kind <= MATCH_CLASS; kind++)
+        for (size_t i = 0; i < cfg->n_ignore; i++) {
+            const int rc = match_one(cfg->ignore[i], (enum match_kind)kind, module);
+            if (rc)
+                return rc < 0 ? rc : 0;
+        }
+    for (int kind = MATCH_NAME; kind <= MATCH_CLASS; kind++)
+        for (size_t g = 0; g < cfg->n_groups; g++)
+            for (size_t i = 0; i < cfg->groups[g].n_targets; i++) {
+                const int rc = match_one(cfg->groups[g].targets[i], (enum match_kind)kind, module);
+                if (rc > 0)
+                    *scheme = cfg->groups[g].scheme;
+                if (rc)
+                    return rc;
+            }
+    return 0;
+}
+
+/* --- shapes --------------------------------------------------------------------------------------------------- */
+
+int64_t quant_packed_cols(struct quant_scheme s, int64_t cols)
+{
+    const int64_t per_word = 32 / s.bits;
+    return (cols + per_word - 1) / per_word;
+}
+
+int64_t quant_groups(struct quant_scheme s, int64_t cols)
+{
+    return s.group ? (cols + s.group - 1) / s.group : 1;
+}
+
+int64_t quant_zero_rows(struct quant_scheme s, int64_t rows)
+{
+    return quant_packed_cols(s, rows);
+}
