@@ -1,0 +1,19 @@
+#include "kernels/backend.h"
+
+#include "base/err.h"
+#include "kernels/cpu/cpu.h"
+
+#include <string.h>
+
+int backend_open(struct backend *out, const char *device)
+{
+    if (strcmp(device, "cpu") && strcmp(device, "auto"))
+        return err_set(ERR_UNSUPPORTED, "device '%s' is not available; this build has: cpu", device);
+    *out = (struct backend){.name = "cpu", .core = &cpu_core_ops, .quant = &cpu_quant_ops};
+    return 0;
+}
+
+void backend_close(struct backend *b)
+{
+    *b = (struct backend){0};
+}

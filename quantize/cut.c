@@ -1,0 +1,366 @@
+#include "quantize/cut.h"
+
+#include "base/clock.h"
+#include "base/err.h"
+#include "base/file.h"
+#include "base/mem.h"
+#include "formats/record.h"
+#include "quantize/workplace.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct cut {
+    struct cut_options options;
+    char *folder; /* of the model */
+    struct workplace place;
+    struct hf_config config;
+    struct checkpoint source;
+    struct gemma_config model;
+    struct gemma_tensors tensors;
+    struct recipe_plan plan;
+    struct writer *writer;
+    struct pipeline *pipeline;
+    struct parallel *pool;
+};
+
+/* --- opening -------------------------------------------------------------------------------------------------- */
+
+static int refuse_quantized(const struct cut *c)
+{
+    const char *method = "an unnamed method";
+    if (json_exists(c->config.quantization)) {
+        const int rc = json_opt_string(c->config.quantization, "quant_method", method, &method);
+        if (rc < 0)
+            return rc;
+        return err_set(ERR_UNSUPPORTED, "%s: is already quantized (%s), expected a BF16, F16 or F32 model", c->folder,
+                       method);
+    }
+    static const char *const suffixes[] = {".weight_packed", ".qweight"};
+    for (size_t i = 0; i < c->source.n_tensors; i++)
+        for (size_t s = 0; s < 2; s++) {
+            const char *name = c->source.tensors[i].name;
+            const size_t n = strlen(name), m = strlen(suffixes[s]);
+            if (n > m && !strcmp(name + n - m, suffixes[s]))
+                return err_set(ERR_UNSUPPORTED, "%s: is already quantized: tensor '%s'", c->folder, name);
+        }
+    return 0;
+}
+
+static int open_source(struct cut *c)
+{
+    int rc = checkpoint_find(&c->folder, c->options.model);
+    if (!rc)
+        rc = hf_config_open(&c->config, c->folder);
+    if (!rc)
+        rc = gemma_config_read(&c->model, &c->config);
+    if (!rc)
+        rc = checkpoint_open(&c->source, c->folder);
+    if (!rc)
+        rc = refuse_quantized(c);
+    const char *prefix;
+    if (!rc)
+        rc = gemma_prefix(&prefix, &c->model, &c->source);
+    if (!rc)
+        rc = gemma_tensors(&c->tensors, &c->model, prefix);
+    return rc < 0 ? rc : gemma_check_tensors(&c->tensors, &c->source);
+}
+
+int cut_open(struct cut **out, const struct cut_options *options)
+{
+    *out = NULL;
+    struct cut *c = mem_alloc(1, sizeof *c, "a cut");
+    if (!c)
+        return ERR_MEMORY;
+    c->options = *options;
+    int rc = workplace_init(&c->place, options->out);
+    if (!rc)
+        rc = open_source(c);
+    if (!rc)
+        rc = recipe_resolve(&c->plan, &c->options.recipe, &c->tensors);
+    if (!rc)
+        rc = parallel_open(&c->pool, options->n_workers);
+    if (!rc)
+        rc = writer_open(&c->writer, c->place.partial, options->shard_bytes);
+    if (!rc)
+        rc = pipeline_open(&c->pipeline, &c->source, &c->tensors, &c->plan, &c->options.recipe, c->writer);
+    if (rc < 0)
+        cut_close(c);
+    else
+        *out = c;
+    return rc;
+}
+
+void cut_close(struct cut *c)
+{
+    if (!c)
+        return;
+    pipeline_close(c->pipeline);
+    writer_close(c->writer);
+    parallel_close(c->pool);
+    recipe_plan_free(&c->plan);
+    gemma_tensors_free(&c->tensors);
+    gemma_config_free(&c->model);
+    checkpoint_close(&c->source);
+    hf_config_close(&c->config);
+    workplace_free(&c->place);
+    free(c->folder);
+    free(c);
+}
+
+struct cut_totals cut_totals(const struct cut *c)
+{
+    struct cut_totals t = {.source_bytes = pipeline_source_bytes(c->pipeline),
+                           .output_bytes = writer_bytes(c->writer),
+                           .n_workers = parallel_workers(c->pool),
+                           .n_tensors = c->source.n_tensors};
+    t.memory_bytes = pipeline_memory_bytes(c->pipeline, t.n_workers);
+    for (size_t i = 0; i < c->source.n_tensors; i++)
+        t.n_parameters += tensor_rows(&c->source.tensors[i]) * tensor_cols(&c->source.tensors[i]);
+    for (size_t i = 0; i < c->plan.n; i++) {
+        const struct linear_plan *l = &c->plan.linears[i];
+        t.n_linears += l->quantized;
+        t.n_kept += !l->quantized;
+        t.n_quantized += l->quantized ? l->tensor->shape[0] * l->tensor->shape[1] : 0;
+    }
+    return t;
+}
+
+const struct gemma_config *cut_model(const struct cut *c)
+{
+    return &c->model;
+}
+
+const struct recipe_plan *cut_plan(const struct cut *c)
+{
+    return &c->plan;
+}
+
+const struct cut_linear *cut_linears(const struct cut *c, size_t *n)
+{
+    return pipeline_linears(c->pipeline, n);
+}
+
+/* One block of made-up weights through the kernels that the plan will use. */
+static int measure_kernels(const struct cut *c, double *seconds_per_weight)
+{
+    enum { ROWS = 64, COLS = 1024 };
+    struct backend b;
+    int rc = backend_open(&b, c->options.device);
+    if (rc < 0)
+        return rc;
+    float *w = mem_alloc_aligned(ROWS * COLS * sizeof *w, "a trial block");
+    uint32_t *packed = mem_alloc_aligned(ROWS * COLS * sizeof *packed / 4, "a trial block");
+    uint16_t scales[ROWS * COLS / 32];
+    const struct mat weights = {w, DTYPE_F32, ROWS, COLS, COLS};
+    const struct quant_scheme s = c->options.recipe.scheme;
+    const int64_t group = s.group ? s.group : COLS, words = quant_packed_cols(s, COLS);
+    struct qmat q = {.packed = {packed, DTYPE_I32, ROWS, words, words},
+                     .scales = {scales, DTYPE_BF16, ROWS, COLS / group, COLS / group},
+                     .bits = s.bits, .group = group, .cols = COLS};
+    rc = w && packed ? 0 : ERR_MEMORY;
+    for (int i = 0; !rc && i < ROWS * COLS; i++)
+        w[i] = sinf((float)i); /* any spread of values will do */
+    const double start = clock_seconds();
+    if (!rc)
+        rc = b.quant->find_scales(&weights, &c->options.recipe.scales, &q);
+    if (!rc)
+        rc = b.quant->quantize(&weights, &q);
+    *seconds_per_weight = (clock_seconds() - start) / (ROWS * COLS);
+    free(w);
+    free(packed);
+    backend_close(&b);
+    return rc;
+}
+
+int cut_estimate(const struct cut *c, double *seconds)
+{
+    const double storage_rate = 2e9;
+    const struct cut_totals t = cut_totals(c);
+    double each;
+    const int rc = measure_kernels(c, &each);
+    if (!rc)
+        *seconds = (double)t.n_quantized * each / t.n_workers +
+                   (double)(t.source_bytes + t.output_bytes) / storage_rate;
+    return rc;
+}
+
+/* --- running -------------------------------------------------------------------------------------------------- */
+
+/* config.json of the cut: the source's text with the quantization_config added. */
+static int write_config(const struct cut *c)
+{
+    struct quant_config quant;
+    struct text json = {.indent = 2, .depth = 1, .after_key = true}, config = {0};
+    int rc = recipe_quant_config(&quant, &c->plan, &c->options.recipe, &c->model);
+    if (rc < 0)
+        return rc;
+    quant_config_write(&quant, &json);
+    rc = text_finish(&json);
+    if (!rc)
+        rc = hf_config_splice(&c->config, json.data, &config);
+    if (!rc)
+        rc = workplace_write(&c->place, "config.json", config.data, config.len);
+    text_free(&config);
+    text_free(&json);
+    quant_config_free(&quant);
+    return rc;
+}
+
+static void put_hash(struct text *t, const char *key, struct hash128 hash)
+{
+    char hex[HASH_HEX_BYTES];
+    hash_to_hex(hash, hex);
+    json_kv_string(t, key, hex);
+}
+
+static void write_linears(const struct cut *c, struct text *t)
+{
+    size_t n;
+    const struct cut_linear *linears = pipeline_linears(c->pipeline, &n);
+    json_put_key(t, "linears");
+    json_begin_object(t);
+    for (size_t i = 0; i < n; i++) {
+        const struct linear_plan *plan = linears[i].plan;
+        char *module = gemma_module(plan->tensor);
+        if (!module) {
+            t->failed = true;
+            return;
+        }
+        json_put_key(t, module);
+        free(module);
+        json_begin_object(t);
+        json_kv_string(t, "scheme", recipe_scheme_name(plan->scheme));
+        json_kv_int(t, "group_size", plan->scheme.group ? plan->scheme.group : plan->tensor->shape[1]);
+        json_kv_double(t, "weight_error", linears[i].error);
+        if (linears[i].n_nonfinite)
+            json_kv_int(t, "nonfinite_as_zero", linears[i].n_nonfinite);
+        put_hash(t, "source", linears[i].source_hash);
+        json_end_object(t);
+    }
+    json_end_object(t);
+}
+
+static int write_files(const struct cut *c, struct text *t)
+{
+    struct file_list list;
+    int rc = workplace_files(&c->place, &list);
+    if (rc < 0)
+        return rc;
+    json_put_key(t, "files");
+    json_begin_object(t);
+    for (size_t i = 0; !rc && i < list.n; i++) {
+        char *path = file_join(c->place.partial, list.names[i]);
+        struct hash128 hash;
+        rc = path ? record_hash_file(path, &hash) : ERR_MEMORY;
+        if (!rc)
+            put_hash(t, list.names[i], hash);
+        free(path);
+    }
+    json_end_object(t);
+    file_list_free(&list);
+    return rc;
+}
+
+static int write_record(const struct cut *c, const char *backend)
+{
+    struct text t = {.indent = 1};
+    size_t n;
+    const struct written_tensor *tensors = pipeline_tensors(c->pipeline, &n);
+    json_begin_object(&t);
+    json_kv_string(&t, "schema", RECORD_SCHEMA);
+    json_kv_string(&t, "version", c->options.version);
+    json_kv_string(&t, "backend", backend);
+    json_put_key(&t, "recipe");
+    recipe_write(&c->options.recipe, &t);
+    json_put_key(&t, "source");
+    json_begin_object(&t);
+    put_hash(&t, "config", hash_bytes(c->config.text, c->config.text_len));
+    json_kv_uint(&t, "tensor_bytes", pipeline_source_bytes(c->pipeline));
+    json_end_object(&t);
+    write_linears(c, &t);
+    json_put_key(&t, "tensors");
+    json_begin_object(&t);
+    for (size_t i = 0; i < n; i++)
+        put_hash(&t, tensors[i].name, tensors[i].hash);
+    json_end_object(&t);
+    int rc = write_files(c, &t);
+    json_end_object(&t);
+    text_add(&t, "\n");
+    if (!rc)
+        rc = text_finish(&t);
+    if (!rc)
+        rc = workplace_write(&c->place, RECORD_NAME, t.data, t.len);
+    text_free(&t);
+    return rc;
+}
+
+/* Reads the finished files as a stranger would and compares every tensor with what was meant to be written. */
+static int check_written(const struct cut *c, const struct cut_events *events)
+{
+    struct checkpoint ck;
+    int rc = checkpoint_open(&ck, c->place.partial);
+    if (rc < 0)
+        return err_context(rc, "reading back");
+    if (events->on_stage)
+        events->on_stage(events->ctx, CUT_CHECK, writer_bytes(c->writer));
+    size_t n;
+    const struct written_tensor *tensors = pipeline_tensors(c->pipeline, &n);
+    struct hash128 *hashes = mem_alloc(ck.n_tensors, sizeof *hashes, "tensor hashes");
+    rc = hashes ? checkpoint_hash_all(&ck, c->pool, hashes, events->on_bytes, events->ctx) : ERR_MEMORY;
+    if (!rc && ck.n_tensors != n)
+        rc = err_set(ERR_IO, "%s: reading back: %zu tensors, expected %zu", c->place.partial, ck.n_tensors, n);
+    for (size_t i = 0; !rc && i < n; i++) {
+        const struct tensor *t = checkpoint_tensor(&ck, tensors[i].name);
+        if (!t || !hash_equal(hashes[t - ck.tensors], tensors[i].hash))
+            rc = err_set(ERR_IO, "%s: reading back: tensor '%s' is not what was written", c->place.partial,
+                         tensors[i].name);
+    }
+    free(hashes);
+    checkpoint_close(&ck);
+    return rc;
+}
+
+static int build(struct cut *c, const struct cut_events *events)
+{
+    const struct pipeline_events inner = {events->on_bytes, events->on_linear, events->ctx};
+    struct backend b; /* only to name it in the record */
+    int rc = backend_open(&b, c->options.device);
+    if (rc < 0)
+        return rc;
+    if (events->on_stage)
+        events->on_stage(events->ctx, CUT_QUANTIZE, pipeline_source_bytes(c->pipeline));
+    rc = writer_begin(c->writer);
+    if (!rc)
+        rc = pipeline_run(c->pipeline, c->pool, c->options.device, &inner);
+    if (!rc)
+        rc = workplace_copy_side_files(&c->place, c->folder);
+    if (!rc)
+        rc = write_config(c);
+    if (!rc)
+        rc = write_record(c, b.name);
+    if (!rc)
+        rc = writer_index(c->writer);
+    if (!rc && !c->options.skip_check)
+        rc = check_written(c, events); /* while the disk still writes */
+    if (!rc)
+        rc = writer_finish(c->writer);
+    backend_close(&b);
+    return rc;
+}
+
+int cut_run(struct cut *c, const struct cut_events *events)
+{
+    int rc = workplace_begin(&c->place, c->options.overwrite);
+    if (rc < 0)
+        return rc;
+    rc = build(c, events);
+    if (!rc && err_interrupt_requested())
+        rc = err_interrupted();
+    if (!rc)
+        rc = workplace_commit(&c->place);
+    if (rc < 0)
+        workplace_abandon(&c->place);
+    return rc;
+}

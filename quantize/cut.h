@@ -1,0 +1,56 @@
+/* The whole job: from a model folder to a cut folder. The result is built in OUT.partial, read back and compared
+ * with what was meant to be written, and only then takes the name OUT; a failure or an interrupt leaves neither. */
+#ifndef GEMCUT_QUANTIZE_CUT_H
+#define GEMCUT_QUANTIZE_CUT_H
+
+#include "quantize/pipeline.h"
+
+struct cut_options {
+    const char *model; /* folder or cached "org/name" */
+    const char *out;
+    const char *device; /* "cpu", "auto" */
+    const char *version; /* of the program, for the record */
+    struct recipe recipe;
+    uint64_t shard_bytes;
+    int n_workers;    /* 0: one for each processor */
+    bool overwrite;   /* an existing OUT is replaced, if gemcut wrote it */
+    bool skip_check;  /* do not read the result back */
+};
+
+enum cut_stage { CUT_QUANTIZE, CUT_CHECK };
+
+/* All may be NULL; called from any thread, one at a time. */
+struct cut_events {
+    void (*on_stage)(void *ctx, enum cut_stage stage, uint64_t total_bytes);
+    void (*on_bytes)(void *ctx, uint64_t bytes);
+    void (*on_linear)(void *ctx, const char *name, double error);
+    void *ctx;
+};
+
+struct cut; /* an opened and planned job */
+
+/* Opens the model, checks it and plans; touches nothing on disk. */
+int cut_open(struct cut **out, const struct cut_options *options);
+void cut_close(struct cut *cut);
+
+/* What the plan comes to. */
+struct cut_totals {
+    uint64_t source_bytes, output_bytes, memory_bytes;
+    size_t n_tensors, n_linears, n_kept; /* kept: linears that stay in 16 bits */
+    int64_t n_parameters, n_quantized;   /* elements of all tensors; of quantized linears */
+    int n_workers;
+};
+struct cut_totals cut_totals(const struct cut *cut);
+const struct gemma_config *cut_model(const struct cut *cut);
+const struct recipe_plan *cut_plan(const struct cut *cut);
+
+/* Seconds that cut_run will take, from a short measurement of this machine's kernels; storage is assumed to keep
+ * up with 2 GB/s. */
+int cut_estimate(const struct cut *cut, double *seconds);
+
+int cut_run(struct cut *cut, const struct cut_events *events);
+
+/* After cut_run. */
+const struct cut_linear *cut_linears(const struct cut *cut, size_t *n);
+
+#endif

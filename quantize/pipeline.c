@@ -1,0 +1,540 @@
+#include "quantize/pipeline.h"
+
+#include "base/err.h"
+#include "base/mem.h"
+
+#include <math.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+    COPY_PIECES = 16,        /* a task that copies moves this many pieces (4 MiB) */
+    BLOCK_BYTES = 128 << 10, /* rows that are quantized at a time: source, codes and result stay in cache */
+};
+
+/* One tensor of the source. The state below the line lives from the first of its tasks to the last. */
+struct item {
+    const struct tensor *source;
+    const struct linear_plan *linear; /* NULL: passed on as it is */
+    bool must_be_finite;              /* language tensors; vision towers may hold infinities by design */
+    size_t id, scale_id, zero_id, shape_id; /* writer's; id: the packed codes, or the tensor itself */
+    size_t written, cut;              /* index of its first result; of its linear */
+    int64_t task_rows;
+    size_t first_task, n_tasks;
+
+    size_t tasks_left;
+    struct hash128 *source_pieces, *packed_pieces;
+    double *squares; /* [n_tasks][2]: Σ (w − ŵ)², Σ w² */
+    int64_t n_nonfinite;
+    uint16_t *scales;
+    int8_t *zeros;
+};
+
+/* What one worker computes with. */
+struct worker {
+    struct backend backend;
+    bool open;
+    void *source, *packed, *restored;
+};
+
+struct pipeline {
+    const struct checkpoint *checkpoint;
+    struct writer *writer;
+    struct scale_spec scales;
+    bool allow_nonfinite;
+    struct item *items;
+    size_t n_items, n_tasks;
+    struct written_tensor *written;
+    size_t n_written;
+    struct cut_linear *linears;
+    size_t n_linears;
+    size_t source_run, packed_run, block_run; /* bytes a worker needs */
+    /* while running */
+    struct worker *workers;
+    const struct pipeline_events *events;
+    pthread_mutex_t lock;
+};
+
+static int64_t n_pieces(int64_t rows, int64_t piece_rows)
+{
+    return (rows + piece_rows - 1) / piece_rows;
+}
+
+/* --- planning ------------------------------------------------------------------------------------------------- */
+
+static int announce(struct pipeline *p, const char *module, const char *suffix, enum dtype dtype, int n_dims,
+                    const int64_t *shape, size_t *id)
+{
+    char *name = mem_printf("%s%s", module, suffix);
+    if (!name)
+        return ERR_MEMORY;
+    p->written[p->n_written++].name = name;
+    return writer_add(p->writer, name, module, dtype, n_dims, shape, id);
+}
+
+/* The tensors of a packed linear, in the order in which finish_linear fills their hashes. */
+static int announce_linear(struct pipeline *p, struct item *it)
+{
+    const struct quant_scheme s = it->linear->scheme;
+    const int64_t rows = it->source->shape[0], cols = it->source->shape[1], groups = quant_groups(s, cols);
+    char *module = gemma_module(it->linear->tensor);
+    if (!module)
+        return ERR_MEMORY;
+    int rc = announce(p, module, QUANT_PACKED, DTYPE_I32, 2, (int64_t[]){rows, quant_packed_cols(s, cols)}, &it->id);
+    if (!rc)
+        rc = announce(p, module, QUANT_SCALE, DTYPE_BF16, 2, (int64_t[]){rows, groups}, &it->scale_id);
+    if (!rc)
+        rc = announce(p, module, QUANT_SHAPE, DTYPE_I64, 1, (int64_t[]){2}, &it->shape_id);
+    if (!rc && !s.symmetric)
+        rc = announce(p, module, QUANT_ZERO, DTYPE_I32, 2, (int64_t[]){quant_zero_rows(s, rows), groups},
+                      &it->zero_id);
+    free(module);
+    return rc;
+}
+
+static void grow_to(size_t *size, uint64_t need)
+{
+    if (need > *size)
+        *size = (size_t)need;
+}
+
+static int plan_item(struct pipeline *p, struct item *it)
+{
+    const struct tensor *t = it->source;
+    const int64_t rows = tensor_rows(t), cols = tensor_cols(t);
+    const uint64_t row_bytes = (uint64_t)cols * dtype_bytes(t->dtype);
+    const int64_t source_piece = tensor_piece_rows(cols, t->dtype);
+    it->written = p->n_written;
+    int rc;
+    if (it->linear) {
+        it->cut = p->n_linears++;
+        const int64_t words = quant_packed_cols(it->linear->scheme, cols);
+        const int64_t packed_piece = tensor_piece_rows(words, DTYPE_I32);
+        /* both are powers of two, so whole pieces of either fit */
+        it->task_rows = packed_piece > source_piece ? packed_piece : source_piece;
+        grow_to(&p->packed_run, (uint64_t)it->task_rows * (uint64_t)words * 4);
+        grow_to(&p->block_run, row_bytes > BLOCK_BYTES ? row_bytes : BLOCK_BYTES);
+        rc = announce_linear(p, it);
+    } else {
+        it->task_rows = source_piece * COPY_PIECES;
+        rc = announce(p, t->name, "", t->dtype, t->n_dims, t->shape, &it->id);
+    }
+    const int64_t run = it->task_rows < rows ? it->task_rows : rows;
+    grow_to(&p->source_run, (uint64_t)(it->linear || run < source_piece ? run : source_piece) * row_bytes);
+    it->n_tasks = t->bytes ? (size_t)n_pieces(rows, it->task_rows) : 0;
+    it->first_task = p->n_tasks;
+    p->n_tasks += it->n_tasks;
+    return rc;
+}
+
+static int match_plan(struct pipeline *p, const struct gemma_tensors *tensors, const struct recipe_plan *plan)
+{
+    struct name_table items;
+    int rc = name_table_init(&items, p->n_items);
+    for (size_t i = 0; !rc && i < p->n_items; i++)
+        rc = name_table_add(&items, p->items[i].source->name, i);
+    size_t at;
+    for (size_t i = 0; !rc && i < tensors->n; i++)
+        if (name_table_find(&items, tensors->list[i].name, &at))
+            p->items[at].must_be_finite = true;
+    for (size_t i = 0; !rc && i < plan->n; i++)
+        if (plan->linears[i].quantized && name_table_find(&items, plan->linears[i].tensor->name, &at))
+            p->items[at].linear = &plan->linears[i];
+    name_table_free(&items);
+    return rc;
+}
+
+int pipeline_open(struct pipeline **out, const struct checkpoint *source, const struct gemma_tensors *tensors,
+                  const struct recipe_plan *plan, const struct recipe *recipe, struct writer *writer)
+{
+    *out = NULL;
+    struct pipeline *p = mem_alloc(1, sizeof *p, "the pipeline");
+    if (!p)
+        return ERR_MEMORY;
+    *p = (struct pipeline){.checkpoint = source, .writer = writer, .scales = recipe->scales,
+                           .allow_nonfinite = recipe->allow_nonfinite, .n_items = source->n_tensors};
+    pthread_mutex_init(&p->lock, NULL);
+    p->items = mem_alloc(source->n_tensors, sizeof *p->items, "the pipeline");
+    p->written = mem_alloc(4 * source->n_tensors, sizeof *p->written, "the pipeline");
+    p->linears = mem_alloc(plan->n, sizeof *p->linears, "the pipeline");
+    int rc = p->items && p->written && p->linears ? 0 : ERR_MEMORY;
+    for (size_t i = 0; !rc && i < p->n_items; i++)
+        p->items[i].source = &source->tensors[i];
+    if (!rc)
+        rc = match_plan(p, tensors, plan);
+    for (size_t i = 0; !rc && i < p->n_items; i++)
+        rc = plan_item(p, &p->items[i]);
+    for (size_t i = 0; !rc && i < p->n_items; i++)
+        if (p->items[i].linear)
+            p->linears[p->items[i].cut].plan = p->items[i].linear;
+    if (rc < 0)
+        pipeline_close(p);
+    else
+        *out = p;
+    return rc;
+}
+
+static void release_state(struct item *it)
+{
+    free(it->source_pieces);
+    free(it->packed_pieces);
+    free(it->squares);
+    free(it->scales);
+    free(it->zeros);
+    it->source_pieces = it->packed_pieces = NULL;
+    it->squares = NULL;
+    it->scales = NULL;
+    it->zeros = NULL;
+}
+
+void pipeline_close(struct pipeline *p)
+{
+    if (!p)
+        return;
+    for (size_t i = 0; p->items && i < p->n_items; i++)
+        release_state(&p->items[i]);
+    for (size_t i = 0; i < p->n_written; i++)
+        free(p->written[i].name);
+    pthread_mutex_destroy(&p->lock);
+    free(p->items);
+    free(p->written);
+    free(p->linears);
+    free(p);
+}
+
+uint64_t pipeline_source_bytes(const struct pipeline *p)
+{
+    uint64_t bytes = 0;
+    for (size_t i = 0; i < p->n_items; i++)
+        bytes += p->items[i].source->bytes;
+    return bytes;
+}
+
+uint64_t pipeline_memory_bytes(const struct pipeline *p, int n_workers)
+{
+    uint64_t state = 0; /* the scales of the largest tensors under way: one a worker and its predecessor */
+    for (size_t i = 0; i < p->n_items; i++) {
+        const struct item *it = &p->items[i];
+        if (!it->linear)
+            continue;
+        const uint64_t bytes = (uint64_t)(it->source->shape[0] * quant_groups(it->linear->scheme,
+                                                                              it->source->shape[1])) * 3;
+        state = bytes > state ? bytes : state;
+    }
+    return (uint64_t)n_workers * (p->source_run + p->packed_run + p->block_run + state) + state;
+}
+
+/* --- running -------------------------------------------------------------------------------------------------- */
+
+static int nonfinite_error(const struct pipeline *p, const struct item *it, int64_t index)
+{
+    const int64_t cols = tensor_cols(it->source);
+    return err_set(ERR_FORMAT, "%s: tensor '%s' has a NaN or an infinity at row %lld, column %lld "
+                   "(--allow-nonfinite takes such weights as 0)", checkpoint_path(p->checkpoint, it->source),
+                   it->source->name, (long long)(index / cols), (long long)(index % cols));
+}
+
+/* Refuses what is not finite, or (quantized weights, when allowed) sets it to zero. w: rows from first_row on. */
+static int settle_nonfinite(struct pipeline *p, struct item *it, const struct backend *b, const struct mat *w,
+                            int64_t first_row)
+{
+    int64_t index, count;
+    int rc = b->core->find_nonfinite(w, &index);
+    if (rc < 0 || index < 0)
+        return rc;
+    if (!p->allow_nonfinite)
+        return nonfinite_error(p, it, first_row * w->cols + index);
+    if (!it->linear)
+        return 0;
+    if ((rc = b->core->zero_nonfinite(w, &count)) < 0)
+        return rc;
+    pthread_mutex_lock(&p->lock);
+    it->n_nonfinite += count;
+    pthread_mutex_unlock(&p->lock);
+    return 0;
+}
+
+static bool is_float(enum dtype t)
+{
+    return t == DTYPE_BF16 || t == DTYPE_F16 || t == DTYPE_F32;
+}
+
+/* Copies the task's rows, a piece at a time. */
+static int copy_rows(struct pipeline *p, struct item *it, struct worker *w, int64_t row, int64_t end)
+{
+    const struct tensor *t = it->source;
+    const int64_t cols = tensor_cols(t), piece_rows = tensor_piece_rows(cols, t->dtype);
+    const uint64_t row_bytes = (uint64_t)cols * dtype_bytes(t->dtype);
+    for (; row < end; row += piece_rows) {
+        const int64_t rows = end - row < piece_rows ? end - row : piece_rows;
+        const uint64_t at = (uint64_t)row * row_bytes;
+        const size_t bytes = (size_t)((uint64_t)rows * row_bytes);
+        const struct mat m = {w->source, t->dtype, rows, cols, cols};
+        int rc = checkpoint_read(p->checkpoint, t, at, bytes, w->source);
+        if (!rc && it->must_be_finite && is_float(t->dtype))
+            rc = settle_nonfinite(p, it, &w->backend, &m, row);
+        if (!rc)
+            rc = writer_put(p->writer, it->id, at, w->source, bytes);
+        if (rc < 0)
+            return rc;
+        it->source_pieces[row / piece_rows] = hash_bytes(w->source, bytes);
+    }
+    return 0;
+}
+
+/* Hashes the pieces of rows [row, end) that lie in buf. */
+static void hash_rows(const void *buf, int64_t cols, enum dtype dtype, int64_t row, int64_t end,
+                      struct hash128 *pieces)
+{
+    const int64_t piece_rows = tensor_piece_rows(cols, dtype);
+    const size_t row_bytes = (size_t)cols * dtype_bytes(dtype);
+    for (int64_t r = row; r < end; r += piece_rows) {
+        const int64_t rows = end - r < piece_rows ? end - r : piece_rows;
+        pieces[r / piece_rows] =
+            hash_bytes((const char *)buf + (size_t)(r - row) * row_bytes, (size_t)rows * row_bytes);
+    }
+}
+
+/* A block of rows that stays in cache: scales, codes, and what the codes give back. */
+static int quantize_block(struct pipeline *p, struct item *it, struct worker *w, const struct mat *block,
+                          struct qmat *q, int64_t first_row, double squares[2])
+{
+    const struct backend *b = &w->backend;
+    const struct mat restored = {w->restored, DTYPE_BF16, block->rows, block->cols, block->cols};
+    double error, reference;
+    int rc = settle_nonfinite(p, it, b, block, first_row);
+    if (!rc)
+        rc = b->quant->find_scales(block, &p->scales, q);
+    if (!rc)
+        rc = b->quant->quantize(block, q);
+    if (!rc)
+        rc = b->quant->dequantize(q, &restored);
+    if (!rc)
+        rc = b->core->squared_error(block, &restored, &error, &reference);
+    if (rc < 0)
+        return err_context(rc, "tensor '%s'", it->source->name);
+    squares[0] += error;
+    squares[1] += reference;
+    return 0;
+}
+
+static int quantize_rows(struct pipeline *p, struct item *it, struct worker *w, int64_t row, int64_t end,
+                         double squares[2])
+{
+    const struct tensor *t = it->source;
+    const struct quant_scheme s = it->linear->scheme;
+    const int64_t cols = t->shape[1], words = quant_packed_cols(s, cols), groups = quant_groups(s, cols);
+    const size_t row_bytes = (size_t)cols * dtype_bytes(t->dtype);
+    const int64_t fitting = (int64_t)(BLOCK_BYTES / row_bytes), block_rows = fitting ? fitting : 1;
+    int rc = checkpoint_read(p->checkpoint, t, (uint64_t)row * row_bytes, (size_t)(end - row) * row_bytes, w->source);
+    if (rc < 0)
+        return rc;
+    hash_rows(w->source, cols, t->dtype, row, end, it->source_pieces);
+    squares[0] = squares[1] = 0;
+    for (int64_t r = row; r < end; r += block_rows) {
+        const int64_t rows = end - r < block_rows ? end - r : block_rows;
+        const struct mat block = {(char *)w->source + (size_t)(r - row) * row_bytes, t->dtype, rows, cols, cols};
+        struct qmat q = {
+            .packed = {(uint32_t *)w->packed + (r - row) * words, DTYPE_I32, rows, words, words},
+            .scales = {it->scales + r * groups, DTYPE_BF16, rows, groups, groups},
+            .zeros = {it->zeros ? it->zeros + r * groups : NULL, DTYPE_I8, rows, groups, groups},
+            .bits = s.bits, .group = s.group ? s.group : cols, .cols = cols};
+        if ((rc = quantize_block(p, it, w, &block, &q, r, squares)) < 0)
+            return rc;
+    }
+    hash_rows(w->packed, words, DTYPE_I32, row, end, it->packed_pieces);
+    return writer_put(p->writer, it->id, (uint64_t)(row * words) * 4, w->packed, (size_t)((end - row) * words) * 4);
+}
+
+/* --- a tensor's beginning and end ------------------------------------------------------------------------------ */
+
+static int begin_item(struct item *it)
+{
+    const struct tensor *t = it->source;
+    const int64_t rows = tensor_rows(t), cols = tensor_cols(t);
+    it->tasks_left = it->n_tasks;
+    it->source_pieces = mem_alloc((size_t)n_pieces(rows, tensor_piece_rows(cols, t->dtype)),
+                                  sizeof *it->source_pieces, "tensor hashes");
+    if (!it->source_pieces)
+        return ERR_MEMORY;
+    if (!it->linear)
+        return 0;
+    const struct quant_scheme s = it->linear->scheme;
+    const size_t n_scales = (size_t)(rows * quant_groups(s, cols));
+    const int64_t words = quant_packed_cols(s, cols);
+    it->packed_pieces = mem_alloc((size_t)n_pieces(rows, tensor_piece_rows(words, DTYPE_I32)),
+                                  sizeof *it->packed_pieces, "tensor hashes");
+    it->squares = mem_alloc(2 * it->n_tasks, sizeof *it->squares, "weight errors");
+    it->scales = mem_alloc(n_scales, sizeof *it->scales, "scales");
+    if (!s.symmetric)
+        it->zeros = mem_alloc(n_scales, sizeof *it->zeros, "zero points");
+    return it->packed_pieces && it->squares && it->scales && (s.symmetric || it->zeros) ? 0 : ERR_MEMORY;
+}
+
+/* Writes a whole small tensor and returns its hash. */
+static int put_whole(struct pipeline *p, size_t id, const void *data, int64_t rows, int64_t cols, enum dtype dtype,
+                     struct hash128 *hash)
+{
+    const size_t n = (size_t)n_pieces(rows, tensor_piece_rows(cols, dtype));
+    struct hash128 *pieces = mem_alloc(n, sizeof *pieces, "tensor hashes");
+    if (!pieces)
+        return ERR_MEMORY;
+    hash_rows(data, cols, dtype, 0, rows, pieces);
+    *hash = tensor_hash_combine(pieces, n);
+    free(pieces);
+    return writer_put(p->writer, id, 0, data, (size_t)(rows * cols) * dtype_bytes(dtype));
+}
+
+/* Zero points on disk: packed along the rows, 32/bits of them in a word, as q + 2^(bits−1). */
+static int put_zeros(struct pipeline *p, struct item *it, struct hash128 *hash)
+{
+    const struct quant_scheme s = it->linear->scheme;
+    const int64_t rows = it->source->shape[0], groups = quant_groups(s, it->source->shape[1]);
+    const int64_t word_rows = quant_zero_rows(s, rows), per_word = 32 / s.bits;
+    uint32_t *words = mem_alloc((size_t)(word_rows * groups), sizeof *words, "zero points");
+    if (!words)
+        return ERR_MEMORY;
+    const uint32_t offset = 1u << (s.bits - 1), mask = (1u << s.bits) - 1;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t g = 0; g < groups; g++)
+            words[r / per_word * groups + g] |= (((uint32_t)it->zeros[r * groups + g] + offset) & mask)
+                                                << r % per_word * s.bits;
+    const int rc = put_whole(p, it->zero_id, words, word_rows, groups, DTYPE_I32, hash);
+    free(words);
+    return rc;
+}
+
+static int finish_linear(struct pipeline *p, struct item *it, struct hash128 source_hash)
+{
+    const struct quant_scheme s = it->linear->scheme;
+    const int64_t rows = it->source->shape[0], cols = it->source->shape[1], groups = quant_groups(s, cols);
+    const size_t packed_pieces =
+        (size_t)n_pieces(rows, tensor_piece_rows(quant_packed_cols(s, cols), DTYPE_I32));
+    struct written_tensor *out = &p->written[it->written];
+    double error = 0, reference = 0;
+    for (size_t i = 0; i < it->n_tasks; i++) {
+        error += it->squares[2 * i];
+        reference += it->squares[2 * i + 1];
+    }
+    struct cut_linear *cut = &p->linears[it->cut];
+    cut->source_hash = source_hash;
+    cut->error = reference > 0 ? sqrt(error / reference) : 0;
+    cut->n_nonfinite = it->n_nonfinite;
+    out[0].hash = tensor_hash_combine(it->packed_pieces, packed_pieces);
+    int rc = put_whole(p, it->scale_id, it->scales, rows, groups, DTYPE_BF16, &out[1].hash);
+    if (!rc)
+        rc = put_whole(p, it->shape_id, (int64_t[]){rows, cols}, 1, 2, DTYPE_I64, &out[2].hash);
+    if (!rc && !s.symmetric)
+        rc = put_zeros(p, it, &out[3].hash);
+    return rc;
+}
+
+static int finish_item(struct pipeline *p, struct item *it)
+{
+    const int64_t piece_rows = tensor_piece_rows(tensor_cols(it->source), it->source->dtype);
+    const struct hash128 hash =
+        tensor_hash_combine(it->source_pieces, (size_t)n_pieces(tensor_rows(it->source), piece_rows));
+    int rc = 0;
+    if (it->linear)
+        rc = finish_linear(p, it, hash);
+    else
+        p->written[it->written].hash = hash;
+    release_state(it);
+    return rc;
+}
+
+static struct item *find_item(struct pipeline *p, size_t task)
+{
+    size_t low = 0, high = p->n_items; /* the last item whose first task is not after this one */
+    while (high - low > 1) {
+        const size_t middle = (low + high) / 2;
+        if (p->items[middle].first_task <= task)
+            low = middle;
+        else
+            high = middle;
+    }
+    return &p->items[low];
+}
+
+static int run_task(void *arg, size_t task, int worker)
+{
+    struct pipeline *p = arg;
+    struct item *it = find_item(p, task);
+    struct worker *w = &p->workers[worker];
+    const size_t part = task - it->first_task;
+    const int64_t rows = tensor_rows(it->source), row = (int64_t)part * it->task_rows;
+    const int64_t end = rows - row < it->task_rows ? rows : row + it->task_rows;
+    pthread_mutex_lock(&p->lock);
+    int rc = it->source_pieces ? 0 : begin_item(it);
+    pthread_mutex_unlock(&p->lock);
+    if (!rc)
+        rc = it->linear ? quantize_rows(p, it, w, row, end, it->squares + 2 * part) : copy_rows(p, it, w, row, end);
+    if (rc < 0)
+        return rc;
+    pthread_mutex_lock(&p->lock);
+    const bool last = --it->tasks_left == 0;
+    if (p->events->on_bytes)
+        p->events->on_bytes(p->events->ctx, (uint64_t)(end - row) * (uint64_t)tensor_cols(it->source) *
+                                                dtype_bytes(it->source->dtype));
+    pthread_mutex_unlock(&p->lock);
+    if (!last)
+        return 0;
+    rc = finish_item(p, it);
+    if (!rc && it->linear && p->events->on_linear) {
+        pthread_mutex_lock(&p->lock);
+        p->events->on_linear(p->events->ctx, it->source->name, p->linears[it->cut].error);
+        pthread_mutex_unlock(&p->lock);
+    }
+    return rc;
+}
+
+static int open_worker(const struct pipeline *p, struct worker *w, const char *device)
+{
+    const int rc = backend_open(&w->backend, device);
+    if (rc < 0)
+        return rc;
+    w->open = true;
+    w->source = mem_alloc_aligned(p->source_run, "rows of a tensor");
+    w->packed = mem_alloc_aligned(p->packed_run, "codes");
+    w->restored = mem_alloc_aligned(p->block_run, "dequantized rows");
+    return w->source && w->packed && w->restored ? 0 : ERR_MEMORY;
+}
+
+int pipeline_run(struct pipeline *p, struct parallel *pool, const char *device, const struct pipeline_events *events)
+{
+    const size_t n_workers = (size_t)parallel_workers(pool);
+    p->events = events;
+    p->workers = mem_alloc(n_workers, sizeof *p->workers, "workers");
+    int rc = p->workers ? 0 : ERR_MEMORY;
+    for (size_t i = 0; !rc && i < n_workers; i++)
+        rc = open_worker(p, &p->workers[i], device);
+    if (!rc)
+        rc = parallel_for(pool, p->n_tasks, run_task, p);
+    /* tensors without a single element have no task, but a hash all the same */
+    for (size_t i = 0; !rc && i < p->n_items; i++)
+        if (!p->items[i].n_tasks)
+            p->written[p->items[i].written].hash = tensor_hash_combine(NULL, 0);
+    for (size_t i = 0; p->workers && i < n_workers; i++) {
+        if (p->workers[i].open)
+            backend_close(&p->workers[i].backend);
+        free(p->workers[i].source);
+        free(p->workers[i].packed);
+        free(p->workers[i].restored);
+    }
+    free(p->workers);
+    p->workers = NULL;
+    return rc;
+}
+
+const struct written_tensor *pipeline_tensors(const struct pipeline *p, size_t *n)
+{
+    *n = p->n_written;
+    return p->written;
+}
+
+const struct cut_linear *pipeline_linears(const struct pipeline *p, size_t *n)
+{
+    *n = p->n_linears;
+    return p->linears;
+}

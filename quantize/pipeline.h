@@ -1,0 +1,53 @@
+/* The stream from a source checkpoint to a writer. Every tensor is cut into runs of rows; a worker reads a run,
+ * quantizes or passes it on, hashes it and writes it in its place. Memory is bounded by a run of rows for each
+ * worker and the scales of the few tensors under way. What is cut where follows from the shapes alone, so the
+ * result does not depend on the number of workers. */
+#ifndef GEMCUT_QUANTIZE_PIPELINE_H
+#define GEMCUT_QUANTIZE_PIPELINE_H
+
+#include "base/hash.h"
+#include "base/parallel.h"
+#include "formats/checkpoint.h"
+#include "formats/writer.h"
+#include "quantize/recipe.h"
+
+/* One tensor that the cut writes, for the record. */
+struct written_tensor {
+    char *name;
+    struct hash128 hash;
+};
+
+/* One quantized linear, for the record. */
+struct cut_linear {
+    const struct linear_plan *plan;
+    struct hash128 source_hash; /* of the weight that was quantized */
+    double error;               /* ‖W − Ŵ‖ / ‖W‖; 0 for an all-zero weight */
+    int64_t n_nonfinite;        /* values that were taken as 0 (allow_nonfinite) */
+};
+
+struct pipeline;
+
+/* What is told while it runs, from any thread but one at a time. */
+struct pipeline_events {
+    void (*on_bytes)(void *ctx, uint64_t source_bytes);                 /* read since the last call */
+    void (*on_linear)(void *ctx, const char *name, double error);       /* a linear is done */
+    void *ctx;
+};
+
+/* Matches the source's tensors with the plan and announces the output to the writer. */
+int pipeline_open(struct pipeline **out, const struct checkpoint *source, const struct gemma_tensors *tensors,
+                  const struct recipe_plan *plan, const struct recipe *recipe, struct writer *writer);
+void pipeline_close(struct pipeline *p);
+
+/* Bytes to read, and the most that the run will hold in memory with that many workers. */
+uint64_t pipeline_source_bytes(const struct pipeline *p);
+uint64_t pipeline_memory_bytes(const struct pipeline *p, int n_workers);
+
+/* Runs everything; the writer has begun. device: as backend_open takes it. */
+int pipeline_run(struct pipeline *p, struct parallel *pool, const char *device, const struct pipeline_events *events);
+
+/* Results, after pipeline_run, in the order of the source. */
+const struct written_tensor *pipeline_tensors(const struct pipeline *p, size_t *n);
+const struct cut_linear *pipeline_linears(const struct pipeline *p, size_t *n);
+
+#endif

@@ -1,0 +1,426 @@
+#include "quantize/recipe.h"
+
+#include "base/err.h"
+#include "base/log.h"
+#include "base/mem.h"
+
+#include <fnmatch.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const struct {
+    const char *name;
+    int bits;
+    bool symmetric;
+} schemes[] = {
+    {"w4a16", 4, true},
+    {"w4a16-asym", 4, false},
+    {"w8a16", 8, true},
+};
+
+static const struct {
+    const char *name;
+    int64_t columns;
+} groups[] = {
+    {"32", 32}, {"64", 64}, {"128", 128}, {"256", 256}, {"channel", 0},
+};
+
+static const char *const scale_rules[] = {[SCALE_RANGE] = "range", [SCALE_ABSMAX] = "absmax", [SCALE_MSE] = "mse"};
+static const char *const ragged_rules[] = {
+    [RAGGED_SMALLER] = "smaller", [RAGGED_KEEP] = "keep", [RAGGED_ERROR] = "error"};
+
+#define N_OF(array) (sizeof(array) / sizeof *(array))
+
+int recipe_parse_scheme(const char *name, struct quant_scheme *out)
+{
+    for (size_t i = 0; i < N_OF(schemes); i++)
+        if (!strcmp(schemes[i].name, name)) {
+            out->bits = schemes[i].bits;
+            out->symmetric = schemes[i].symmetric;
+            return 0;
+        }
+    return err_set(ERR_USAGE, "unknown scheme '%s', expected w4a16, w4a16-asym or w8a16", name);
+}
+
+const char *recipe_scheme_name(struct quant_scheme s)
+{
+    for (size_t i = 0; i < N_OF(schemes); i++)
+        if (schemes[i].bits == s.bits && schemes[i].symmetric == s.symmetric)
+            return schemes[i].name;
+    return "unknown";
+}
+
+int recipe_parse_group(const char *text, int64_t *group)
+{
+    for (size_t i = 0; i < N_OF(groups); i++)
+        if (!strcmp(groups[i].name, text)) {
+            *group = groups[i].columns;
+            return 0;
+        }
+    return err_set(ERR_USAGE, "unknown group size '%s', expected 32, 64, 128, 256 or channel", text);
+}
+
+int recipe_parse_scales(const char *name, enum scale_rule *out)
+{
+    for (size_t i = 0; i < N_OF(scale_rules); i++)
+        if (!strcmp(scale_rules[i], name)) {
+            *out = (enum scale_rule)i;
+            return 0;
+        }
+    return err_set(ERR_USAGE, "unknown scale rule '%s', expected range, absmax or mse", name);
+}
+
+const char *recipe_scales_name(enum scale_rule rule)
+{
+    return scale_rules[rule];
+}
+
+int recipe_parse_override(const char *text, struct quant_scheme base, struct recipe_override *out)
+{
+    const char *equals = strrchr(text, '=');
+    if (!equals || equals == text || !equals[1])
+        return err_set(ERR_USAGE, "override '%s' is not GLOB=scheme,group", text);
+    *out = (struct recipe_override){.scheme = base};
+    char *value = mem_strdup(equals + 1);
+    if (!value)
+        return ERR_MEMORY;
+    char *comma = strchr(value, ',');
+    if (comma)
+        *comma = '\0';
+    int rc = *value ? recipe_parse_scheme(value, &out->scheme) : 0;
+    if (!rc && comma)
+        rc = recipe_parse_group(comma + 1, &out->scheme.group);
+    free(value);
+    if (rc < 0)
+        return err_context(rc, "override '%s'", text);
+    out->glob = mem_strndup(text, (size_t)(equals - text));
+    return out->glob ? 0 : ERR_MEMORY;
+}
+
+/* --- resolving ------------------------------------------------------------------------------------------------ */
+
+/* A glob speaks of the tensor's name, or of the module's (without ".weight"). */
+static bool glob_matches(const char *glob, const char *tensor_name)
+{
+    if (!fnmatch(glob, tensor_name, 0))
+        return true;
+    char module[512];
+    snprintf(module, sizeof module, "%.*s", (int)(strlen(tensor_name) - strlen(".weight")), tensor_name);
+    return !fnmatch(glob, module, 0);
+}
+
+/* The linears [first, first + n) of the plan are one fused set. How many of them a glob matches. */
+static size_t count_matches(const struct linear_plan *set, size_t n, const char *glob)
+{
+    size_t matches = 0;
+    for (size_t i = 0; i < n; i++)
+        matches += glob_matches(glob, set[i].tensor->name);
+    if (matches && matches < n)
+        log_warn("'%s' matches %zu of the %zu linears that layer %d runs as one (%s …): it is applied to all",
+                 glob, matches, n, set[0].tensor->layer, set[0].tensor->name);
+    return matches;
+}
+
+/* Counts for every pattern of a list how often it matched, so that a typo does not pass unnoticed. */
+static int check_all_used(const char *option, const char *const *globs, const size_t *used, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (!used[i])
+            return err_set(ERR_USAGE, "%s '%s' matches no linear of this model", option, globs[i]);
+    return 0;
+}
+
+struct usage {
+    size_t *ignore, *only, *overrides;
+};
+
+static void apply_patterns(struct linear_plan *set, size_t n, const struct recipe *r, struct usage *used)
+{
+    bool keep = r->n_only > 0;
+    struct quant_scheme scheme = r->scheme;
+    const char *why = keep ? "not in --only" : NULL;
+    for (size_t i = 0; i < r->n_only; i++)
+        if (count_matches(set, n, r->only[i])) {
+            used->only[i]++;
+            keep = false;
+            why = NULL;
+        }
+    for (size_t i = 0; i < r->n_overrides; i++)
+        if (count_matches(set, n, r->overrides[i].glob)) {
+            used->overrides[i]++;
+            scheme = r->overrides[i].scheme;
+            why = keep ? why : "override";
+        }
+    for (size_t i = 0; i < r->n_ignore; i++)
+        if (count_matches(set, n, r->ignore[i])) {
+            used->ignore[i]++;
+            keep = true;
+            why = "ignored";
+        }
+    for (size_t i = 0; i < n; i++) {
+        set[i].quantized = !keep;
+        set[i].scheme = scheme;
+        set[i].why = why;
+    }
+}
+
+/* All members of a set have the same width. */
+static int apply_ragged(struct linear_plan *set, size_t n, enum ragged_rule rule)
+{
+    const struct gemma_tensor *t = set[0].tensor;
+    const int64_t cols = t->shape[1], group = set[0].scheme.group;
+    if (!set[0].quantized || group == 0 || cols % group == 0)
+        return 0;
+    if (rule == RAGGED_ERROR)
+        return err_set(ERR_UNSUPPORTED, "tensor '%s' has %lld columns, which groups of %lld do not divide "
+                       "(--ragged smaller or keep)", t->name, (long long)cols, (long long)group);
+    int64_t smaller = 0;
+    if (rule == RAGGED_SMALLER)
+        for (size_t g = 0; g < N_OF(groups); g++)
+            if (groups[g].columns && groups[g].columns < group && cols % groups[g].columns == 0)
+                smaller = groups[g].columns;
+    for (size_t i = 0; i < n; i++) {
+        set[i].quantized = smaller > 0;
+        set[i].scheme.group = smaller;
+        set[i].why = "ragged";
+    }
+    return 0;
+}
+
+static void report_ragged(const struct recipe_plan *plan, const struct recipe *r)
+{
+    size_t smaller = 0, kept = 0;
+    const char *example = NULL;
+    for (size_t i = 0; i < plan->n; i++) {
+        const struct linear_plan *l = &plan->linears[i];
+        if (!l->why || strcmp(l->why, "ragged"))
+            continue;
+        smaller += l->quantized;
+        kept += !l->quantized;
+        example = example ? example : l->tensor->name;
+    }
+    if (smaller + kept)
+        log_warn("groups of %lld do not divide the width of %zu linears (first: %s): %zu get a smaller group, "
+                 "%zu stay in 16 bits", (long long)r->scheme.group, smaller + kept, example, smaller, kept);
+    if (r->scheme.group == 256)
+        log_warn("groups of 256 have no fast kernel in vLLM");
+}
+
+/* Orders the linears so that the members of a set stand together: by layer, set, then model order. */
+static int by_set(const void *a, const void *b)
+{
+    const struct linear_plan *x = a, *y = b;
+    if (x->tensor->layer != y->tensor->layer)
+        return x->tensor->layer < y->tensor->layer ? -1 : 1;
+    const enum gemma_fused fx = gemma_fused_set(x->tensor->role), fy = gemma_fused_set(y->tensor->role);
+    if (fx != fy)
+        return fx < fy ? -1 : 1;
+    return x->tensor < y->tensor ? -1 : 1;
+}
+
+static bool same_set(const struct linear_plan *a, const struct linear_plan *b)
+{
+    return a->tensor->layer == b->tensor->layer &&
+           gemma_fused_set(a->tensor->role) == gemma_fused_set(b->tensor->role);
+}
+
+static int resolve_sets(struct recipe_plan *plan, const struct recipe *r, struct usage *used)
+{
+    int rc = 0;
+    bool any = false;
+    for (size_t i = 0, end; !rc && i < plan->n; i = end) {
+        for (end = i + 1; end < plan->n && same_set(&plan->linears[i], &plan->linears[end]); end++)
+            ;
+        apply_patterns(&plan->linears[i], end - i, r, used);
+        rc = apply_ragged(&plan->linears[i], end - i, r->ragged);
+        any |= plan->linears[i].quantized;
+    }
+    if (!rc)
+        rc = check_all_used("--ignore", r->ignore, used->ignore, r->n_ignore);
+    if (!rc)
+        rc = check_all_used("--only", r->only, used->only, r->n_only);
+    for (size_t i = 0; !rc && i < r->n_overrides; i++) {
+        const char *glob = r->overrides[i].glob;
+        rc = check_all_used("--override", &glob, &used->overrides[i], 1);
+    }
+    if (!rc && !any)
+        rc = err_set(ERR_USAGE, "this recipe quantizes nothing: every linear is ignored, excluded or ragged");
+    return rc;
+}
+
+int recipe_resolve(struct recipe_plan *plan, const struct recipe *r, const struct gemma_tensors *tensors)
+{
+    *plan = (struct recipe_plan){.linears = mem_alloc(tensors->n, sizeof *plan->linears, "the plan")};
+    struct usage used = {mem_alloc(r->n_ignore, sizeof(size_t), "the plan"),
+                         mem_alloc(r->n_only, sizeof(size_t), "the plan"),
+                         mem_alloc(r->n_overrides, sizeof(size_t), "the plan")};
+    int rc = plan->linears && used.ignore && used.only && used.overrides ? 0 : ERR_MEMORY;
+    for (size_t i = 0; !rc && i < tensors->n; i++)
+        if (gemma_is_linear(tensors->list[i].role))
+            plan->linears[plan->n++].tensor = &tensors->list[i];
+    if (!rc) {
+        qsort(plan->linears, plan->n, sizeof *plan->linears, by_set);
+        rc = resolve_sets(plan, r, &used);
+    }
+    if (!rc)
+        report_ragged(plan, r);
+    else
+        recipe_plan_free(plan);
+    free(used.ignore);
+    free(used.only);
+    free(used.overrides);
+    return rc;
+}
+
+void recipe_plan_free(struct recipe_plan *plan)
+{
+    free(plan->linears);
+    *plan = (struct recipe_plan){0};
+}
+
+/* --- describing ----------------------------------------------------------------------------------------------- */
+
+/* The projections of a set as an expression that also matches the name under which vLLM fuses them. */
+static const char *const fused_patterns[N_FUSED] = {
+    [FUSED_QKV] = "self_attn\\.(q|k|v|qkv)_proj$",
+    [FUSED_O] = "self_attn\\.o_proj$",
+    [FUSED_GATE_UP] = "mlp\\.(gate|up|gate_up)_proj$",
+    [FUSED_DOWN] = "mlp\\.down_proj$",
+};
+
+/* What a set of linears shares in the description: kept in 16 bits, or a scheme. */
+static bool described_alike(const struct linear_plan *a, const struct linear_plan *b)
+{
+    if (!a->quantized || !b->quantized)
+        return a->quantized == b->quantized;
+    return a->scheme.bits == b->scheme.bits && a->scheme.symmetric == b->scheme.symmetric &&
+           a->scheme.group == b->scheme.group;
+}
+
+/* One expression for each fused set of the plan that is described like `like`; the layers are listed unless all
+ * of them are. */
+static int add_patterns(char ***list, size_t *n, const struct recipe_plan *plan, const struct linear_plan *like)
+{
+    int rc = 0;
+    for (int set = 0; !rc && set < N_FUSED; set++) {
+        struct text layers = {0}, pattern = {0};
+        size_t matching = 0, others = 0;
+        int last_layer = -1;
+        for (size_t i = 0; i < plan->n; i++) {
+            const struct linear_plan *l = &plan->linears[i];
+            if ((int)gemma_fused_set(l->tensor->role) != set || l->tensor->layer == last_layer)
+                continue;
+            last_layer = l->tensor->layer;
+            if (described_alike(l, like))
+                text_printf(&layers, "%s%d", matching++ ? "|" : "", last_layer);
+            else
+                others++;
+        }
+        if (others)
+            text_printf(&pattern, "re:.*layers\\.(%s)\\.%s", layers.data ? layers.data : "", fused_patterns[set]);
+        else
+            text_printf(&pattern, "re:.*layers\\.[0-9]+\\.%s", fused_patterns[set]);
+        if (matching)
+            rc = text_finish(&pattern);
+        if (matching && !rc)
+            rc = quant_config_add(list, n, pattern.data);
+        text_free(&layers);
+        text_free(&pattern);
+    }
+    return rc;
+}
+
+/* The scheme of most linears is described by the class name "Linear"; others by expressions, which readers try
+ * first. */
+static const struct linear_plan *most_common(const struct recipe_plan *plan)
+{
+    const struct linear_plan *best = NULL;
+    size_t best_count = 0;
+    for (size_t i = 0; i < plan->n; i++) {
+        if (!plan->linears[i].quantized)
+            continue;
+        size_t count = 0;
+        for (size_t k = 0; k < plan->n; k++)
+            count += described_alike(&plan->linears[i], &plan->linears[k]);
+        if (count > best_count) {
+            best = &plan->linears[i];
+            best_count = count;
+        }
+    }
+    return best;
+}
+
+int recipe_quant_config(struct quant_config *out, const struct recipe_plan *plan, const struct recipe *recipe,
+                        const struct gemma_config *cfg)
+{
+    *out = (struct quant_config){.act_order = strcmp(recipe->method, "rtn") != 0};
+    const struct linear_plan *common = most_common(plan);
+    struct quant_group *group;
+    int rc = quant_config_add_group(out, common->scheme, &group);
+    if (!rc)
+        rc = quant_config_add(&group->targets, &group->n_targets, "Linear");
+    for (size_t i = 0; !rc && i < plan->n; i++) {
+        const struct linear_plan *l = &plan->linears[i];
+        bool seen = !l->quantized || described_alike(l, common);
+        for (size_t k = 0; !seen && k < i; k++)
+            seen = described_alike(l, &plan->linears[k]);
+        if (seen)
+            continue;
+        rc = quant_config_add_group(out, l->scheme, &group);
+        if (!rc)
+            rc = add_patterns(&group->targets, &group->n_targets, plan, l);
+    }
+    for (int i = 0; !rc && i < GEMMA_MAX_IGNORES && cfg->family->ignores[i]; i++)
+        rc = quant_config_add(&out->ignore, &out->n_ignore, cfg->family->ignores[i]);
+    for (size_t i = 0; !rc && i < plan->n; i++)
+        if (!plan->linears[i].quantized) {
+            rc = add_patterns(&out->ignore, &out->n_ignore, plan, &plan->linears[i]);
+            break;
+        }
+    if (rc < 0)
+        quant_config_free(out);
+    return rc;
+}
+
+static void write_globs(struct text *out, const char *key, const char *const *globs, size_t n)
+{
+    json_put_key(out, key);
+    json_begin_array(out);
+    for (size_t i = 0; i < n; i++)
+        json_put_string(out, globs[i]);
+    json_end_array(out);
+}
+
+static void write_scheme(struct text *out, struct quant_scheme s)
+{
+    json_kv_string(out, "scheme", recipe_scheme_name(s));
+    json_put_key(out, "group_size");
+    if (s.group)
+        json_put_int(out, s.group);
+    else
+        json_put_string(out, "channel");
+}
+
+void recipe_write(const struct recipe *r, struct text *out)
+{
+    json_begin_object(out);
+    json_kv_string(out, "method", r->method);
+    write_scheme(out, r->scheme);
+    json_kv_string(out, "scales", scale_rules[r->scales.rule]);
+    json_kv_string(out, "scale_sign", r->scales.positive_only ? "positive" : "any");
+    json_kv_string(out, "ragged", ragged_rules[r->ragged]);
+    write_globs(out, "ignore", r->ignore, r->n_ignore);
+    write_globs(out, "only", r->only, r->n_only);
+    json_put_key(out, "override");
+    json_begin_array(out);
+    for (size_t i = 0; i < r->n_overrides; i++) {
+        json_begin_object(out);
+        json_kv_string(out, "glob", r->overrides[i].glob);
+        write_scheme(out, r->overrides[i].scheme);
+        json_end_object(out);
+    }
+    json_end_array(out);
+    json_kv_bool(out, "allow_nonfinite", r->allow_nonfinite);
+    json_end_object(out);
+}
