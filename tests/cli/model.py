@@ -1,0 +1,50 @@
+"""Checkpoints for the command-line tests, with the standard library alone: reading a model folder, changing its
+header, tensors or settings, and writing it again, well-formed or not."""
+import json
+import pathlib
+import shutil
+import struct
+import subprocess
+
+
+class Model:
+    """A folder with one model.safetensors, in memory. header: {name: {dtype, shape, data_offsets}}."""
+
+    def __init__(self, folder):
+        self.folder = pathlib.Path(folder)
+        raw = (self.folder / "model.safetensors").read_bytes()
+        n = struct.unpack("<Q", raw[:8])[0]
+        self.header = json.loads(raw[8:8 + n])
+        self.data = bytearray(raw[8 + n:])
+        self.config = json.loads((self.folder / "config.json").read_text())
+
+    def names(self):
+        return [name for name in self.header if name != "__metadata__"]
+
+    def put(self, name, offset, values):
+        """Overwrites bytes of a tensor's data."""
+        begin = self.header[name]["data_offsets"][0] + offset
+        self.data[begin:begin + len(values)] = values
+
+    def write(self, folder, header=None, raw_header=None, header_bytes=None, data=None, config=None):
+        """Writes the folder; each argument replaces what would be written there."""
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True)
+        for file in self.folder.iterdir():
+            if file.name not in ("model.safetensors", "config.json"):
+                shutil.copy(file, folder)
+        text = config if isinstance(config, bytes) else json.dumps(config or self.config).encode()
+        (folder / "config.json").write_bytes(text)
+        head = raw_header if raw_header is not None else json.dumps(header or self.header).encode()
+        with open(folder / "model.safetensors", "wb") as f:
+            f.write(struct.pack("<Q", len(head) if header_bytes is None else header_bytes))
+            f.write(head)
+            f.write(self.data if data is None else data)
+        return folder
+
+
+def run(*command, timeout=120, **options):
+    """(exit code, stdout, stderr)"""
+    p = subprocess.run([str(c) for c in command], capture_output=True, text=True, errors="replace",
+                       timeout=timeout, **options)
+    return p.returncode, p.stdout, p.stderr

@@ -1,0 +1,117 @@
+#!/usr/bin/env python3
+"""Random damage: headers, sizes, settings and data of a model are changed hundreds of times, and every run of
+`gemcut quantize` must end with exit code 0 or 3, one line of complaint in the latter case, and OUT there exactly in
+the former.
+
+    mutate.py GEMCUT MODEL [COUNT] [SEED]
+"""
+import copy
+import json
+import pathlib
+import random
+import shutil
+import sys
+import tempfile
+
+from model import Model, run
+
+GEMCUT, MODEL = pathlib.Path(sys.argv[1]).resolve(), sys.argv[2]
+COUNT, SEED = int(sys.argv[3]) if len(sys.argv) > 3 else 400, int(sys.argv[4]) if len(sys.argv) > 4 else 1
+VALUES = [None, True, False, 0, 1, -1, 2, 3, 0.5, 1e300, -1e300, 2**31, 2**53, 2**63, "", "x", "bfloat16", [], {}, [1],
+          {"a": 1}, ["full_attention"], "sliding_attention", "\u0000", "é" * 200]
+
+
+def random_member(rng, value):
+    """A random place in a JSON value: (container, key)."""
+    places = []
+
+    def walk(v):
+        for k in (v if isinstance(v, dict) else range(len(v)) if isinstance(v, list) else ()):
+            places.append((v, k))
+            walk(v[k])
+    walk(value)
+    return rng.choice(places)
+
+
+def change_member(rng, value):
+    container, key = random_member(rng, value)
+    how = rng.randrange(4)
+    if how == 0 and isinstance(container, dict):
+        del container[key]
+    elif how == 1 and isinstance(container[key], (int, float)) and not isinstance(container[key], bool):
+        container[key] = container[key] + rng.choice([-1, 1, 128, -128]) if rng.random() < .7 else -container[key]
+    elif how == 2 and isinstance(container, dict):
+        container[rng.choice(list(container))] = copy.deepcopy(container[key])
+    else:
+        container[key] = rng.choice(VALUES)
+
+
+def flip_bytes(rng, data):
+    data = bytearray(data)
+    for _ in range(rng.choice([1, 1, 2, 8, 64])):
+        data[rng.randrange(len(data))] = rng.randrange(256)
+    return bytes(data)
+
+
+def mutate(rng, m, folder):
+    """Writes a damaged copy and says how."""
+    header, config = copy.deepcopy(m.header), copy.deepcopy(m.config)
+    text = json.dumps(header).encode()
+    kind = rng.choice(["header member", "header bytes", "header length", "data length", "data bytes", "config member",
+                       "config bytes", "tokenizer"])
+    if kind == "header member":
+        change_member(rng, header)
+        m.write(folder, header=header)
+    elif kind == "header bytes":
+        m.write(folder, raw_header=flip_bytes(rng, text))
+    elif kind == "header length":
+        m.write(folder, header_bytes=rng.choice([0, 1, 7, len(text) - 1, len(text) + 1, 2**20, 2**32, 2**64 - 1]))
+    elif kind == "data length":
+        m.write(folder, data=m.data[:rng.randrange(len(m.data))] if rng.random() < .7 else m.data + b"x" * rng.randrange(1, 99))
+    elif kind == "data bytes":
+        m.write(folder, data=flip_bytes(rng, m.data))
+    elif kind == "config member":
+        change_member(rng, config)
+        m.write(folder, config=config)
+    elif kind == "config bytes":
+        m.write(folder, config=flip_bytes(rng, json.dumps(config).encode()))
+    else:
+        m.write(folder)
+        (folder / "tokenizer.json").write_bytes(flip_bytes(rng, (folder / "tokenizer.json").read_bytes()))
+    return kind
+
+
+def check(rng, m, tmp):
+    """None, or what went wrong; and the exit code."""
+    folder, out = tmp / "m", tmp / "out"
+    kind = mutate(rng, m, folder)
+    code, _, stderr = run(GEMCUT, "quantize", folder, out, "-q", timeout=60)
+    wrong = None
+    if code not in (0, 3):
+        wrong = f"exit {code}"
+    elif out.exists() != (code == 0):
+        wrong = "OUT exists" if code else "OUT is missing"
+    elif (tmp / "out.partial").exists():
+        wrong = "OUT.partial is left"
+    elif code == 3 and stderr.count("\n") != 1:
+        wrong = "not one line"
+    for path in (folder, out, tmp / "out.partial"):
+        shutil.rmtree(path, ignore_errors=True)
+    return wrong and f"{kind}: {wrong}: {stderr.strip()[:400]}", code
+
+
+def main():
+    m, counts, failures = Model(MODEL), {0: 0, 3: 0}, 0
+    with tempfile.TemporaryDirectory(prefix="gemcut-mutate-") as tmp:
+        for i in range(COUNT):
+            wrong, code = check(random.Random(f"{SEED}.{i}"), m, pathlib.Path(tmp))
+            counts[code] = counts.get(code, 0) + 1
+            if wrong:
+                failures += 1
+                print(f"FAILED  seed {SEED}.{i}: {wrong}")
+    print(f"{COUNT} mutations: {counts[0]} cut, {counts[3]} refused")
+    print(f"{COUNT - failures} passed, {failures} failed")
+    return 1 if failures else 0
+
+
+sys.exit(main())

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Other people's software on our output, on the CPU.
+#   tests/interop/run.sh BUILD_DIR [--data DIR]     DIR: see docs/testing.md
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+build=$(realpath "$1") data=
+[ "${2:-}" = --data ] && data=$(realpath "$3")
+gemcut=$build/gemcut
+python=$(tools/interop-env)
+tmp=$(mktemp -d)
+trap 'rm -rf "$tmp"' EXIT
+passed=0 failed=0
+
+check() { # check NAME COMMAND…
+    local name=$1
+    shift
+    if "$@" >"$tmp/log" 2>&1; then
+        passed=$((passed + 1))
+        echo "ok      $name: $(tail -n 1 "$tmp/log")"
+    else
+        failed=$((failed + 1))
+        echo "FAILED  $name"
+        tail -n 40 "$tmp/log"
+    fi
+}
+cut_and_load() { # cut_and_load NAME MODEL [OPTION…]
+    local name=$1 model=$2
+    shift 2
+    check "$name: cut" "$gemcut" quantize "$model" "$tmp/$name" -q "$@"
+    check "$name: verify" "$gemcut" verify "$tmp/$name" --against "$model"
+    check "$name: transformers + compressed-tensors" "$python" tests/interop/test_compressed_tensors.py "$model" "$tmp/$name"
+}
+
+tiny=data/model/gemma3-tiny
+cut_and_load range $tiny
+cut_and_load absmax $tiny --scales absmax --scale-sign positive
+cut_and_load mse-g32 $tiny --scales mse --group-size 32
+cut_and_load asym $tiny --scheme w4a16-asym
+cut_and_load w8-channel $tiny --scheme w8a16 --group-size channel
+cut_and_load mixed $tiny --ignore '*layers.2.mlp.down_proj' --override '*self_attn.q_proj=w8a16,64' --shard-size 4MB
+for dialect in hub model; do
+    check "multimodal, $dialect names: make" "$python" tests/interop/make_tiny_gemma3_mm.py "$tmp/mm-$dialect" --dialect "$dialect"
+    cut_and_load "mm-$dialect-cut" "$tmp/mm-$dialect"
+done
+
+if [ -z "$data" ]; then
+    echo "not run: tokenizer and KL tests (no --data)"
+else
+    check "tokenizer" "$python" tests/interop/test_tokenizer.py --data "$data/data" --dump "$build/tokenizer_dump"
+    zstd -dqf "$data/tiny/heldout.txt.zst" -o "$tmp/heldout.txt"
+    # a signed full range is worth a tenth of KL on this model; the bounds hold it against an accident, not to a figure
+    check "KL, tiny, range" "$python" tests/interop/check_kl.py $tiny "$tmp/range" --text "$tmp/heldout.txt" \
+        --windows 8 --len 512 --min-kl 0.06 --max-kl 0.075
+    big=${GEMCUT_270M:-models/gemma-3-270m}
+    check "Gemma 3 270M: make" tools/get-gemma3-270m "$big"
+    check "Gemma 3 270M: tokenizer" "$python" tests/interop/test_270m_tokenizer.py --data "$data/data" --model "$big"
+    zstd -dqf "$data/data/text/wiki.test.raw.zst" -o "$tmp/wiki.test.raw"
+    cut_and_load 270m-range "$big"
+    cut_and_load 270m-absmax "$big" --scales absmax
+    # the first window of WikiText-2 test alone; docs/benchmarks.md has all 64
+    check "KL, 270M, range" "$python" tests/interop/check_kl.py "$big" "$tmp/270m-range" --text "$tmp/wiki.test.raw" \
+        --windows 1 --len 1024 --min-kl 0.3 --max-kl 0.8
+fi
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]
