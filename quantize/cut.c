@@ -13,12 +13,8 @@
 
 struct cut {
     struct cut_options options;
-    char *folder; /* of the model */
     struct workplace place;
-    struct hf_config config;
-    struct checkpoint source;
-    struct gemma_config model;
-    struct gemma_tensors tensors;
+    struct model source;
     struct recipe_plan plan;
     struct writer *writer;
     struct pipeline *pipeline;
@@ -26,46 +22,6 @@ struct cut {
 };
 
 /* --- opening -------------------------------------------------------------------------------------------------- */
-
-static int refuse_quantized(const struct cut *c)
-{
-    const char *method = "an unnamed method";
-    if (json_exists(c->config.quantization)) {
-        const int rc = json_opt_string(c->config.quantization, "quant_method", method, &method);
-        if (rc < 0)
-            return rc;
-        return err_set(ERR_UNSUPPORTED, "%s: is already quantized (%s), expected a BF16, F16 or F32 model", c->folder,
-                       method);
-    }
-    static const char *const suffixes[] = {".weight_packed", ".qweight"};
-    for (size_t i = 0; i < c->source.n_tensors; i++)
-        for (size_t s = 0; s < 2; s++) {
-            const char *name = c->source.tensors[i].name;
-            const size_t n = strlen(name), m = strlen(suffixes[s]);
-            if (n > m && !strcmp(name + n - m, suffixes[s]))
-                return err_set(ERR_UNSUPPORTED, "%s: is already quantized: tensor '%s'", c->folder, name);
-        }
-    return 0;
-}
-
-static int open_source(struct cut *c)
-{
-    int rc = checkpoint_find(&c->folder, c->options.model);
-    if (!rc)
-        rc = hf_config_open(&c->config, c->folder);
-    if (!rc)
-        rc = gemma_config_read(&c->model, &c->config);
-    if (!rc)
-        rc = checkpoint_open(&c->source, c->folder);
-    if (!rc)
-        rc = refuse_quantized(c);
-    const char *prefix;
-    if (!rc)
-        rc = gemma_prefix(&prefix, &c->model, &c->source);
-    if (!rc)
-        rc = gemma_tensors(&c->tensors, &c->model, prefix);
-    return rc < 0 ? rc : gemma_check_tensors(&c->tensors, &c->source);
-}
 
 int cut_open(struct cut **out, const struct cut_options *options)
 {
@@ -76,15 +32,18 @@ int cut_open(struct cut **out, const struct cut_options *options)
     c->options = *options;
     int rc = workplace_init(&c->place, options->out);
     if (!rc)
-        rc = open_source(c);
+        rc = model_open_unquantized(&c->source, options->model);
     if (!rc)
-        rc = recipe_resolve(&c->plan, &c->options.recipe, &c->tensors);
+        rc = model_bind(&c->source, NULL, NULL);
+    if (!rc)
+        rc = recipe_resolve(&c->plan, &c->options.recipe, &c->source.tensors);
     if (!rc)
         rc = parallel_open(&c->pool, options->n_workers);
     if (!rc)
         rc = writer_open(&c->writer, c->place.partial, options->shard_bytes);
     if (!rc)
-        rc = pipeline_open(&c->pipeline, &c->source, &c->tensors, &c->plan, &c->options.recipe, c->writer);
+        rc = pipeline_open(&c->pipeline, &c->source.checkpoint, &c->source.tensors, &c->plan, &c->options.recipe,
+                           c->writer);
     if (rc < 0)
         cut_close(c);
     else
@@ -100,12 +59,8 @@ void cut_close(struct cut *c)
     writer_close(c->writer);
     parallel_close(c->pool);
     recipe_plan_free(&c->plan);
-    gemma_tensors_free(&c->tensors);
-    gemma_config_free(&c->model);
-    checkpoint_close(&c->source);
-    hf_config_close(&c->config);
+    model_close(&c->source);
     workplace_free(&c->place);
-    free(c->folder);
     free(c);
 }
 
@@ -114,10 +69,12 @@ struct cut_totals cut_totals(const struct cut *c)
     struct cut_totals t = {.source_bytes = pipeline_source_bytes(c->pipeline),
                            .output_bytes = writer_bytes(c->writer),
                            .n_workers = parallel_workers(c->pool),
-                           .n_tensors = c->source.n_tensors};
+                           .n_tensors = c->source.checkpoint.n_tensors};
     t.memory_bytes = pipeline_memory_bytes(c->pipeline, t.n_workers);
-    for (size_t i = 0; i < c->source.n_tensors; i++)
-        t.n_parameters += tensor_rows(&c->source.tensors[i]) * tensor_cols(&c->source.tensors[i]);
+    for (size_t i = 0; i < t.n_tensors; i++) {
+        const struct tensor *source = &c->source.checkpoint.tensors[i];
+        t.n_parameters += tensor_rows(source) * tensor_cols(source);
+    }
     for (size_t i = 0; i < c->plan.n; i++) {
         const struct linear_plan *l = &c->plan.linears[i];
         t.n_linears += l->quantized;
@@ -127,9 +84,9 @@ struct cut_totals cut_totals(const struct cut *c)
     return t;
 }
 
-const struct gemma_config *cut_model(const struct cut *c)
+const struct model *cut_source(const struct cut *c)
 {
-    return &c->model;
+    return &c->source;
 }
 
 const struct recipe_plan *cut_plan(const struct cut *c)
@@ -193,13 +150,13 @@ static int write_config(const struct cut *c)
 {
     struct quant_config quant;
     struct text json = {.indent = 2, .depth = 1, .after_key = true}, config = {0};
-    int rc = recipe_quant_config(&quant, &c->plan, &c->options.recipe, &c->model);
+    int rc = recipe_quant_config(&quant, &c->plan, &c->options.recipe, &c->source.gemma);
     if (rc < 0)
         return rc;
     quant_config_write(&quant, &json);
     rc = text_finish(&json);
     if (!rc)
-        rc = hf_config_splice(&c->config, json.data, &config);
+        rc = hf_config_splice(&c->source.config, json.data, &config);
     if (!rc)
         rc = workplace_write(&c->place, "config.json", config.data, config.len);
     text_free(&config);
@@ -276,7 +233,7 @@ static int write_record(const struct cut *c, const char *backend)
     recipe_write(&c->options.recipe, &t);
     json_put_key(&t, "source");
     json_begin_object(&t);
-    put_hash(&t, "config", hash_bytes(c->config.text, c->config.text_len));
+    put_hash(&t, "config", hash_bytes(c->source.config.text, c->source.config.text_len));
     json_kv_uint(&t, "tensor_bytes", pipeline_source_bytes(c->pipeline));
     json_end_object(&t);
     write_linears(c, &t);
@@ -335,7 +292,7 @@ static int build(struct cut *c, const struct cut_events *events)
     if (!rc)
         rc = pipeline_run(c->pipeline, c->pool, c->options.device, &inner);
     if (!rc)
-        rc = workplace_copy_side_files(&c->place, c->folder);
+        rc = workplace_copy_side_files(&c->place, c->source.folder);
     if (!rc)
         rc = write_config(c);
     if (!rc)

@@ -4,6 +4,7 @@
 #define GEMCUT_QUANTIZE_CUT_H
 
 #include "quantize/pipeline.h"
+#include "runtime/model.h"
 
 struct cut_options {
     const char *model; /* folder or cached "org/name" */
@@ -41,7 +42,7 @@ struct cut_totals {
     int n_workers;
 };
 struct cut_totals cut_totals(const struct cut *cut);
-const struct gemma_config *cut_model(const struct cut *cut);
+const struct model *cut_source(const struct cut *cut);
 const struct recipe_plan *cut_plan(const struct cut *cut);
 
 /* Seconds that cut_run will take, from a short measurement of this machine's kernels; storage is assumed to keep

@@ -248,28 +248,6 @@ void gemma_tensors_free(struct gemma_tensors *t)
     *t = (struct gemma_tensors){0};
 }
 
-int gemma_check_tensors(const struct gemma_tensors *tensors, const struct checkpoint *ck)
-{
-    for (size_t i = 0; i < tensors->n; i++) {
-        const struct gemma_tensor *want = &tensors->list[i];
-        const struct tensor *have = checkpoint_tensor(ck, want->name);
-        if (!have)
-            return err_set(ERR_FORMAT, "%s: has no tensor '%s'", ck->folder, want->name);
-        char text[TENSOR_TEXT_BYTES], expected[TENSOR_TEXT_BYTES];
-        const bool is_float =
-            have->dtype == DTYPE_BF16 || have->dtype == DTYPE_F16 || have->dtype == DTYPE_F32;
-        bool same = is_float && have->n_dims == want->n_dims;
-        for (int d = 0; same && d < want->n_dims; d++)
-            same = have->shape[d] == want->shape[d];
-        if (!same)
-            return err_set(ERR_FORMAT, "%s: tensor '%s' is %s, expected %s (or F16, F32)",
-                           checkpoint_path(ck, have), have->name,
-                           tensor_text(have->dtype, have->n_dims, have->shape, text),
-                           tensor_text(DTYPE_BF16, want->n_dims, want->shape, expected));
-    }
-    return 0;
-}
-
 int gemma_prefix(const char **prefix, const struct gemma_config *cfg, const struct checkpoint *ck)
 {
     struct text tried = {0};

@@ -74,10 +74,6 @@ struct gemma_tensors {
 int gemma_tensors(struct gemma_tensors *out, const struct gemma_config *cfg, const char *prefix);
 void gemma_tensors_free(struct gemma_tensors *t);
 
-/* Every listed tensor is in the checkpoint with its shape and a 16- or 32-bit float type; the error names the
- * first that is not. */
-int gemma_check_tensors(const struct gemma_tensors *tensors, const struct checkpoint *ck);
-
 /* The name prefix that this checkpoint uses ("model.", "language_model.model.", …), found by its embedding. */
 int gemma_prefix(const char **prefix, const struct gemma_config *cfg, const struct checkpoint *ck);
 

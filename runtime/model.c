@@ -1,0 +1,263 @@
+#include "runtime/model.h"
+
+#include "base/err.h"
+#include "base/mem.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static int refuse_quantized(const struct model *m)
+{
+    const char *method = "an unnamed method";
+    if (json_exists(m->config.quantization)) {
+        const int rc = json_opt_string(m->config.quantization, "quant_method", method, &method);
+        return rc < 0 ? rc
+                      : err_set(ERR_UNSUPPORTED, "%s: is already quantized (%s), expected a BF16, F16 or F32 model",
+                                m->folder, method);
+    }
+    static const char *const suffixes[] = {QUANT_PACKED, ".qweight"};
+    for (size_t i = 0; i < m->checkpoint.n_tensors; i++)
+        for (size_t s = 0; s < 2; s++) {
+            const char *name = m->checkpoint.tensors[i].name;
+            const size_t n = strlen(name), k = strlen(suffixes[s]);
+            if (n > k && !strcmp(name + n - k, suffixes[s]))
+                return err_set(ERR_UNSUPPORTED, "%s: is already quantized: tensor '%s'", m->folder, name);
+        }
+    return 0;
+}
+
+static int open_folder(struct model *m, const char *name, bool quantized_allowed)
+{
+    *m = (struct model){0};
+    int rc = checkpoint_find(&m->folder, name);
+    if (!rc)
+        rc = hf_config_open(&m->config, m->folder);
+    if (!rc)
+        rc = gemma_config_read(&m->gemma, &m->config);
+    if (!rc)
+        rc = checkpoint_open(&m->checkpoint, m->folder);
+    if (!rc && !quantized_allowed)
+        rc = refuse_quantized(m);
+    m->quantized = !rc && json_exists(m->config.quantization);
+    if (!rc && m->quantized)
+        rc = quant_config_read(&m->quant, m->config.quantization);
+    if (!rc)
+        rc = gemma_prefix(&m->prefix, &m->gemma, &m->checkpoint);
+    if (!rc)
+        rc = gemma_tensors(&m->tensors, &m->gemma, m->prefix);
+    if (rc < 0)
+        model_close(m);
+    return rc;
+}
+
+int model_open(struct model *m, const char *name)
+{
+    return open_folder(m, name, true);
+}
+
+int model_open_unquantized(struct model *m, const char *name)
+{
+    return open_folder(m, name, false);
+}
+
+void model_close(struct model *m)
+{
+    free(m->linears);
+    quant_config_free(&m->quant);
+    gemma_tensors_free(&m->tensors);
+    checkpoint_close(&m->checkpoint);
+    gemma_config_free(&m->gemma);
+    hf_config_close(&m->config);
+    free(m->folder);
+    *m = (struct model){0};
+}
+
+/* --- binding -------------------------------------------------------------------------------------------------- */
+
+struct binding {
+    struct model *m;
+    model_problem on_problem;
+    void *ctx;
+};
+
+/* Reports one deviation: 0 to go on. */
+static int problem(const struct binding *b, const char *object, const char *message)
+{
+    if (b->on_problem)
+        return b->on_problem(b->ctx, object, message);
+    return err_set(ERR_FORMAT, "%s: '%s' %s", b->m->folder, object, message);
+}
+
+static bool same_shape(const struct tensor *t, int n_dims, const int64_t *shape)
+{
+    bool same = t->n_dims == n_dims;
+    for (int d = 0; same && d < n_dims; d++)
+        same = t->shape[d] == shape[d];
+    return same;
+}
+
+/* What a tensor must be; "float" stands for BF16, F16 and F32. */
+struct expected {
+    const char *module, *suffix;
+    bool is_float;
+    enum dtype dtype; /* unless is_float */
+    int n_dims;
+    int64_t shape[2];
+};
+
+/* *out = the tensor, or NULL after its absence or deviation was reported. */
+static int expect(const struct binding *b, const struct expected *e, const struct tensor **out)
+{
+    *out = NULL;
+    char *name = mem_printf("%s%s", e->module, e->suffix), message[320];
+    if (!name)
+        return ERR_MEMORY;
+    const struct tensor *t = checkpoint_tensor(&b->m->checkpoint, name);
+    char is[TENSOR_TEXT_BYTES], wanted[TENSOR_TEXT_BYTES];
+    tensor_text(e->is_float ? DTYPE_BF16 : e->dtype, e->n_dims, e->shape, wanted);
+    int rc = 0;
+    if (!t) {
+        snprintf(message, sizeof message, "is missing, expected %s", wanted);
+        rc = problem(b, name, message);
+    } else if (!(e->is_float ? t->dtype == DTYPE_BF16 || t->dtype == DTYPE_F16 || t->dtype == DTYPE_F32
+                             : t->dtype == e->dtype) ||
+               !same_shape(t, e->n_dims, e->shape)) {
+        snprintf(message, sizeof message, "is %s, expected %s%s", tensor_text(t->dtype, t->n_dims, t->shape, is),
+                 wanted, e->is_float ? " (or F16, F32)" : "");
+        rc = problem(b, name, message);
+    } else {
+        *out = t;
+    }
+    free(name);
+    return rc;
+}
+
+/* The tensor of another layout is there: the description and the weights disagree. */
+static int refuse_present(const struct binding *b, const char *module, const char *suffix, const char *why)
+{
+    char *name = mem_printf("%s%s", module, suffix);
+    if (!name)
+        return ERR_MEMORY;
+    const int rc = checkpoint_tensor(&b->m->checkpoint, name) ? problem(b, name, why) : 0;
+    free(name);
+    return rc;
+}
+
+static int bind_packed(const struct binding *b, struct model_linear *l, const char *module)
+{
+    const struct quant_scheme s = l->scheme;
+    const int64_t rows = l->spec->shape[0], cols = l->spec->shape[1], groups = quant_groups(s, cols);
+    struct expected e = {module, QUANT_PACKED, false, DTYPE_I32, 2, {rows, quant_packed_cols(s, cols)}};
+    int rc = expect(b, &e, &l->packed);
+    e = (struct expected){module, QUANT_SCALE, false, DTYPE_BF16, 2, {rows, groups}};
+    if (!rc)
+        rc = expect(b, &e, &l->scales);
+    e = (struct expected){module, QUANT_SHAPE, false, DTYPE_I64, 1, {2}};
+    if (!rc)
+        rc = expect(b, &e, &l->shape);
+    e = (struct expected){module, QUANT_ZERO, false, DTYPE_I32, 2, {quant_zero_rows(s, rows), groups}};
+    if (!rc && !s.symmetric)
+        rc = expect(b, &e, &l->zeros);
+    if (!rc && s.symmetric)
+        rc = refuse_present(b, module, QUANT_ZERO, "is there, although config.json calls the scheme symmetric");
+    return rc ? rc : refuse_present(b, module, ".weight", "is there beside the packed weight");
+}
+
+static int bind_linear(const struct binding *b, struct model_linear *l)
+{
+    char *module = gemma_module(l->spec);
+    if (!module)
+        return ERR_MEMORY;
+    int rc = b->m->quantized ? quant_config_match(&b->m->quant, module, &l->scheme) : 0;
+    if (rc > 0) {
+        l->quantized = true;
+        rc = bind_packed(b, l, module);
+    } else if (!rc) {
+        const struct expected e = {module, ".weight", true, DTYPE_BF16, 2, {l->spec->shape[0], l->spec->shape[1]}};
+        rc = expect(b, &e, &l->weight);
+        if (!rc)
+            rc = refuse_present(b, module, QUANT_PACKED, "is there, although config.json leaves it unquantized");
+    }
+    free(module);
+    return rc;
+}
+
+static int bind_plain(const struct binding *b, const struct gemma_tensor *spec)
+{
+    const struct tensor *t;
+    const struct expected e = {spec->name, "", true, DTYPE_BF16, spec->n_dims, {spec->shape[0], spec->shape[1]}};
+    return expect(b, &e, &t);
+}
+
+int model_bind(struct model *m, model_problem on_problem, void *ctx)
+{
+    const struct binding b = {m, on_problem, ctx};
+    m->linears = mem_alloc(m->tensors.n, sizeof *m->linears, "the model's linears");
+    int rc = m->linears ? 0 : ERR_MEMORY;
+    for (size_t i = 0; !rc && i < m->tensors.n; i++) {
+        const struct gemma_tensor *spec = &m->tensors.list[i];
+        if (!gemma_is_linear(spec->role)) {
+            rc = bind_plain(&b, spec);
+            continue;
+        }
+        m->linears[m->n_linears].spec = spec;
+        rc = bind_linear(&b, &m->linears[m->n_linears++]);
+    }
+    return rc;
+}
+
+/* --- reading -------------------------------------------------------------------------------------------------- */
+
+int model_read_packed(const struct model *m, const struct model_linear *l, int64_t row, int64_t n, uint32_t *packed)
+{
+    const uint64_t row_bytes = (uint64_t)l->packed->shape[1] * sizeof *packed;
+    return checkpoint_read(&m->checkpoint, l->packed, (uint64_t)row * row_bytes, (size_t)((uint64_t)n * row_bytes),
+                           packed);
+}
+
+/* Zero points are packed along the rows, as q + 2^(bits−1). */
+static int read_zeros(const struct model *m, const struct model_linear *l, int8_t *zeros)
+{
+    const int64_t rows = l->spec->shape[0], groups = l->zeros->shape[1], per_word = 32 / l->scheme.bits;
+    uint32_t *words = mem_alloc_aligned((size_t)l->zeros->bytes, "zero points");
+    int rc = words ? checkpoint_read(&m->checkpoint, l->zeros, 0, (size_t)l->zeros->bytes, words) : ERR_MEMORY;
+    const uint32_t mask = (1u << l->scheme.bits) - 1;
+    for (int64_t r = 0; !rc && r < rows; r++)
+        for (int64_t g = 0; g < groups; g++) {
+            const uint32_t code = words[r / per_word * groups + g] >> r % per_word * l->scheme.bits & mask;
+            zeros[r * groups + g] = (int8_t)((int32_t)code - (1 << (l->scheme.bits - 1)));
+        }
+    free(words);
+    return rc;
+}
+
+int model_read_scales(const struct model *m, const struct model_linear *l, uint16_t **scales, int8_t **zeros)
+{
+    *scales = mem_alloc_aligned((size_t)l->scales->bytes, "scales");
+    *zeros = l->zeros ? mem_alloc((size_t)l->scales->bytes / 2, 1, "zero points") : NULL;
+    int rc = *scales && (*zeros || !l->zeros) ? 0 : ERR_MEMORY;
+    if (!rc)
+        rc = checkpoint_read(&m->checkpoint, l->scales, 0, (size_t)l->scales->bytes, *scales);
+    if (!rc && l->zeros)
+        rc = read_zeros(m, l, *zeros);
+    if (rc < 0) {
+        free(*scales);
+        free(*zeros);
+        *scales = NULL;
+        *zeros = NULL;
+    }
+    return rc;
+}
+
+struct qmat model_qmat(const struct model_linear *l, int64_t row, int64_t n, uint32_t *packed, uint16_t *scales,
+                       int8_t *zeros)
+{
+    const int64_t cols = l->spec->shape[1], words = l->packed->shape[1], groups = l->scales->shape[1];
+    return (struct qmat){.packed = {packed, DTYPE_I32, n, words, words},
+                         .scales = {scales + row * groups, DTYPE_BF16, n, groups, groups},
+                         .zeros = {zeros ? zeros + row * groups : NULL, DTYPE_I8, n, groups, groups},
+                         .bits = l->scheme.bits,
+                         .group = l->scheme.group ? l->scheme.group : cols,
+                         .cols = cols};
+}

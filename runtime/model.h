@@ -1,0 +1,58 @@
+/* A model folder opened and bound: its settings, and for every tensor that the family demands the place where the
+ * checkpoint has it. BF16 models and compressed-tensors cuts are the same to everything that comes after. */
+#ifndef GEMCUT_RUNTIME_MODEL_H
+#define GEMCUT_RUNTIME_MODEL_H
+
+#include "formats/quant_config.h"
+#include "kernels/backend.h"
+#include "runtime/gemma.h"
+
+/* One linear of a decoder block, as it lies in the checkpoint. */
+struct model_linear {
+    const struct gemma_tensor *spec;
+    bool quantized;
+    struct quant_scheme scheme;                             /* when quantized */
+    const struct tensor *weight;                            /* when not quantized */
+    const struct tensor *packed, *scales, *zeros, *shape;   /* when quantized; zeros: asymmetric only */
+};
+
+struct model {
+    char *folder;
+    struct hf_config config;
+    struct gemma_config gemma;
+    struct checkpoint checkpoint;
+    const char *prefix;
+    struct gemma_tensors tensors;
+    bool quantized;
+    struct quant_config quant; /* when quantized */
+    struct model_linear *linears;
+    size_t n_linears;
+};
+
+/* Opens MODEL (a folder or a cached "org/name"): config, checkpoint, quantization_config, the expected tensors. */
+int model_open(struct model *out, const char *name);
+
+/* The same for a model that is to be quantized: one that already is, is refused by name. */
+int model_open_unquantized(struct model *out, const char *name);
+void model_close(struct model *m);
+
+/* What model_bind finds wrong: the object and one line about it. A negative return ends the binding. */
+typedef int (*model_problem)(void *ctx, const char *object, const char *message);
+
+/* Finds every expected tensor and fills m->linears. Each deviation in presence, dtype, shape, or between the
+ * description in config.json and the tensors goes to on_problem; with on_problem = NULL the first one is the
+ * error that is returned. */
+int model_bind(struct model *m, model_problem on_problem, void *ctx);
+
+/* rows [row, row + n) of a quantized linear, read into the caller's memory: packed [n, words] and, filled by the
+ * caller before, scales [rows, groups] and zeros of the whole linear. */
+int model_read_packed(const struct model *m, const struct model_linear *l, int64_t row, int64_t n, uint32_t *packed);
+
+/* All scales [rows, groups] and zero points (unpacked, in the codes' range; NULL when symmetric), fresh memory. */
+int model_read_scales(const struct model *m, const struct model_linear *l, uint16_t **scales, int8_t **zeros);
+
+/* The view of rows [row, row + n) that the kernels take. */
+struct qmat model_qmat(const struct model_linear *l, int64_t row, int64_t n, uint32_t *packed, uint16_t *scales,
+                       int8_t *zeros);
+
+#endif
