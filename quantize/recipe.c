@@ -110,51 +110,56 @@ static bool glob_matches(const char *glob, const char *tensor_name)
     return !fnmatch(glob, module, 0);
 }
 
-/* The linears [first, first + n) of the plan are one fused set. How many of them a glob matches. */
-static size_t count_matches(const struct linear_plan *set, size_t n, const char *glob)
+/* How a pattern was used, over all sets: so that a typo does not pass unnoticed, nor that a set is wider than
+ * the pattern. */
+struct usage {
+    size_t sets, partial; /* sets that it matched; that it matched in part */
+    const char *example;  /* a linear of the first of the latter */
+};
+
+/* Whether a glob matches any of the n linears of one fused set. */
+static bool set_matches(const struct linear_plan *set, size_t n, const char *glob, struct usage *used)
 {
     size_t matches = 0;
     for (size_t i = 0; i < n; i++)
         matches += glob_matches(glob, set[i].tensor->name);
-    if (matches && matches < n)
-        log_warn("'%s' matches %zu of the %zu linears that layer %d runs as one (%s …): it is applied to all",
-                 glob, matches, n, set[0].tensor->layer, set[0].tensor->name);
-    return matches;
+    used->sets += matches > 0;
+    if (matches && matches < n && !used->partial++)
+        used->example = set[0].tensor->name;
+    return matches > 0;
 }
 
-/* Counts for every pattern of a list how often it matched, so that a typo does not pass unnoticed. */
-static int check_all_used(const char *option, const char *const *globs, const size_t *used, size_t n)
+static int check_used(const char *option, const char *glob, const struct usage *used)
 {
-    for (size_t i = 0; i < n; i++)
-        if (!used[i])
-            return err_set(ERR_USAGE, "%s '%s' matches no linear of this model", option, globs[i]);
+    if (!used->sets)
+        return err_set(ERR_USAGE, "%s '%s' matches no linear of this model", option, glob);
+    if (used->partial)
+        log_warn("%s '%s' names only a part of what readers run as one matrix in %zu places (first: with %s); it is "
+                 "applied to the whole there", option, glob, used->partial, used->example);
     return 0;
 }
 
-struct usage {
-    size_t *ignore, *only, *overrides;
+struct usages {
+    struct usage *ignore, *only, *overrides;
 };
 
-static void apply_patterns(struct linear_plan *set, size_t n, const struct recipe *r, struct usage *used)
+static void apply_patterns(struct linear_plan *set, size_t n, const struct recipe *r, struct usages *used)
 {
     bool keep = r->n_only > 0;
     struct quant_scheme scheme = r->scheme;
     const char *why = keep ? "not in --only" : NULL;
     for (size_t i = 0; i < r->n_only; i++)
-        if (count_matches(set, n, r->only[i])) {
-            used->only[i]++;
+        if (set_matches(set, n, r->only[i], &used->only[i])) {
             keep = false;
             why = NULL;
         }
     for (size_t i = 0; i < r->n_overrides; i++)
-        if (count_matches(set, n, r->overrides[i].glob)) {
-            used->overrides[i]++;
+        if (set_matches(set, n, r->overrides[i].glob, &used->overrides[i])) {
             scheme = r->overrides[i].scheme;
             why = keep ? why : "override";
         }
     for (size_t i = 0; i < r->n_ignore; i++)
-        if (count_matches(set, n, r->ignore[i])) {
-            used->ignore[i]++;
+        if (set_matches(set, n, r->ignore[i], &used->ignore[i])) {
             keep = true;
             why = "ignored";
         }
@@ -225,7 +230,7 @@ static bool same_set(const struct linear_plan *a, const struct linear_plan *b)
            gemma_fused_set(a->tensor->role) == gemma_fused_set(b->tensor->role);
 }
 
-static int resolve_sets(struct recipe_plan *plan, const struct recipe *r, struct usage *used)
+static int resolve_sets(struct recipe_plan *plan, const struct recipe *r, struct usages *used)
 {
     int rc = 0;
     bool any = false;
@@ -236,14 +241,12 @@ static int resolve_sets(struct recipe_plan *plan, const struct recipe *r, struct
         rc = apply_ragged(&plan->linears[i], end - i, r->ragged);
         any |= plan->linears[i].quantized;
     }
-    if (!rc)
-        rc = check_all_used("--ignore", r->ignore, used->ignore, r->n_ignore);
-    if (!rc)
-        rc = check_all_used("--only", r->only, used->only, r->n_only);
-    for (size_t i = 0; !rc && i < r->n_overrides; i++) {
-        const char *glob = r->overrides[i].glob;
-        rc = check_all_used("--override", &glob, &used->overrides[i], 1);
-    }
+    for (size_t i = 0; !rc && i < r->n_ignore; i++)
+        rc = check_used("--ignore", r->ignore[i], &used->ignore[i]);
+    for (size_t i = 0; !rc && i < r->n_only; i++)
+        rc = check_used("--only", r->only[i], &used->only[i]);
+    for (size_t i = 0; !rc && i < r->n_overrides; i++)
+        rc = check_used("--override", r->overrides[i].glob, &used->overrides[i]);
     if (!rc && !any)
         rc = err_set(ERR_USAGE, "this recipe quantizes nothing: every linear is ignored, excluded or ragged");
     return rc;
@@ -252,9 +255,9 @@ static int resolve_sets(struct recipe_plan *plan, const struct recipe *r, struct
 int recipe_resolve(struct recipe_plan *plan, const struct recipe *r, const struct gemma_tensors *tensors)
 {
     *plan = (struct recipe_plan){.linears = mem_alloc(tensors->n, sizeof *plan->linears, "the plan")};
-    struct usage used = {mem_alloc(r->n_ignore, sizeof(size_t), "the plan"),
-                         mem_alloc(r->n_only, sizeof(size_t), "the plan"),
-                         mem_alloc(r->n_overrides, sizeof(size_t), "the plan")};
+    struct usages used = {mem_alloc(r->n_ignore, sizeof(struct usage), "the plan"),
+                          mem_alloc(r->n_only, sizeof(struct usage), "the plan"),
+                          mem_alloc(r->n_overrides, sizeof(struct usage), "the plan")};
     int rc = plan->linears && used.ignore && used.only && used.overrides ? 0 : ERR_MEMORY;
     for (size_t i = 0; !rc && i < tensors->n; i++)
         if (gemma_is_linear(tensors->list[i].role))

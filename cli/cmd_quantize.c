@@ -1,0 +1,365 @@
+/* gemcut quantize: from a BF16 checkpoint to a cut. */
+#include "cli/cmd.h"
+
+#include "base/clock.h"
+#include "base/err.h"
+#include "base/file.h"
+#include "base/mem.h"
+#include "cli/human.h"
+#include "cli/opt.h"
+#include "cli/output.h"
+#include "cli/progress.h"
+#include "quantize/cut.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+struct args {
+    const char *model, *out, *device, *group_size, *report;
+    int method, scheme, scales, scale_sign, ragged;
+    struct opt_list ignore, only, overrides;
+    uint64_t shard_size;
+    int64_t threads;
+    bool allow_nonfinite, dry_run, overwrite, no_verify;
+    struct output_options output;
+};
+
+static const char *const methods[] = {"rtn", NULL};
+static const char *const schemes[] = {"w4a16", "w4a16-asym", "w8a16", NULL};
+static const char *const scale_rules[] = {"range", "absmax", "mse", NULL};
+static const char *const scale_signs[] = {"any", "positive", NULL};
+static const char *const ragged_rules[] = {"smaller", "keep", "error", NULL};
+
+static const struct opt_arg positional[] = {
+    {.name = "MODEL", .offset = OPT_OFFSET(struct args, model, const char *),
+     .help = "a folder with config.json and *.safetensors, or org/name in the Hugging Face cache"},
+    {.name = "OUT", .offset = OPT_OFFSET(struct args, out, const char *), .help = "the folder to create"},
+};
+
+static const struct opt options[] = {
+    {OPT_SECTION("Method")},
+    {.name = "method", OPT_TO_CHOICE(struct args, method), .choices = methods, .initial = "rtn",
+     .help = "rtn: round to nearest, no data"},
+    {.name = "scheme", OPT_TO_CHOICE(struct args, scheme), .choices = schemes, .initial = "w4a16",
+     .help = "bits of the weights (activations stay in 16), symmetric or with zero points"},
+    {.name = "group-size", OPT_TO_STRING(struct args, group_size), .value = "N", .initial = "128",
+     .help = "columns that share a scale: 32, 64, 128, 256, or channel for a whole row"},
+    {.name = "scales", OPT_TO_CHOICE(struct args, scales), .choices = scale_rules, .initial = "range",
+     .help = "range: the larger side of a group maps to the lowest code, so scales are signed; absmax: max/7.5, as "
+             "llm-compressor; mse: least squared error (usually worse on Gemma)"},
+    {.name = "scale-sign", OPT_TO_CHOICE(struct args, scale_sign), .choices = scale_signs, .initial = "any",
+     .help = "positive: for readers that cannot take negative scales"},
+    {OPT_SECTION("Selection; globs speak of tensor names, and whole fused sets (q/k/v, gate/up) are decided alike")},
+    {.name = "ignore", OPT_TO_LIST(struct args, ignore), .value = "GLOB",
+     .help = "keep these linears in 16 bits"},
+    {.name = "only", OPT_TO_LIST(struct args, only), .value = "GLOB",
+     .help = "quantize these linears alone"},
+    {.name = "override", OPT_TO_LIST(struct args, overrides), .value = "GLOB=SCHEME,GROUP",
+     .help = "another scheme or group size for these linears; the last match wins"},
+    {.name = "ragged", OPT_TO_CHOICE(struct args, ragged), .choices = ragged_rules, .initial = "smaller",
+     .help = "where the group size does not divide a width: the largest smaller one that does, keep 16 bits, or error"},
+    {.name = "allow-nonfinite", OPT_TO_FLAG(struct args, allow_nonfinite),
+     .help = "take NaN and infinite weights as 0 instead of refusing them"},
+    {OPT_SECTION("Output")},
+    {.name = "shard-size", OPT_TO_SIZE(struct args, shard_size), .value = "SIZE", .initial = "5GB", .min = 1,
+     .max = INT64_MAX, .help = "largest file"},
+    {.name = "overwrite", OPT_TO_FLAG(struct args, overwrite), .help = "replace OUT, if gemcut wrote it"},
+    {.name = "dry-run", OPT_TO_FLAG(struct args, dry_run), .help = "show the plan and write nothing"},
+    {.name = "no-verify", OPT_TO_FLAG(struct args, no_verify), .help = "do not read the result back and compare it"},
+    {.name = "report", OPT_TO_STRING(struct args, report), .value = "FILE",
+     .help = "write the result as JSON, with every linear's error and the times"},
+    {OPT_SECTION("Machine")},
+    {.name = "device", OPT_TO_STRING(struct args, device), .value = "DEVICE", .initial = "auto",
+     .help = "auto or cpu"},
+    {.name = "threads", OPT_TO_INT(struct args, threads), .value = "N", .min = 0, .max = 1024, .initial = "0",
+     .help = "0 = one for each processor; the result is the same with any number"},
+    OUTPUT_OPTS(struct args, output),
+};
+
+static const struct opt_spec spec = {
+    .command = "gemcut quantize",
+    .summary = "Cuts a BF16, F16 or F32 Gemma checkpoint to 4-bit (or 8-bit) weights that vLLM and transformers load: "
+               "safetensors with compressed-tensors metadata. OUT appears whole or not at all.",
+    .args = positional, .n_args = 2, .opts = options, .n_opts = sizeof options / sizeof *options,
+    .epilogue = "Examples:\n"
+                "  gemcut quantize gemma-3-4b-it cut\n"
+                "  gemcut quantize gemma-3-4b-it cut --ignore '*.layers.0.*' --override '*down_proj=w8a16,64'\n"
+                "  gemcut quantize gemma-3-4b-it cut --dry-run\n",
+};
+
+/* --- the recipe ----------------------------------------------------------------------------------------------- */
+
+static int make_recipe(const struct args *a, struct recipe *r)
+{
+    *r = (struct recipe){.method = methods[a->method],
+                         .scales.positive_only = a->scale_sign == 1,
+                         .ragged = (enum ragged_rule)a->ragged,
+                         .ignore = a->ignore.items, .n_ignore = a->ignore.n,
+                         .only = a->only.items, .n_only = a->only.n,
+                         .allow_nonfinite = a->allow_nonfinite};
+    int rc = recipe_parse_scheme(schemes[a->scheme], &r->scheme);
+    if (!rc)
+        rc = recipe_parse_group(a->group_size, &r->scheme.group);
+    if (!rc)
+        rc = recipe_parse_scales(scale_rules[a->scales], &r->scales.rule);
+    if (!rc && !(r->overrides = mem_alloc(a->overrides.n, sizeof *r->overrides, "overrides")))
+        rc = ERR_MEMORY;
+    for (; !rc && r->n_overrides < a->overrides.n; r->n_overrides += !rc)
+        rc = recipe_parse_override(a->overrides.items[r->n_overrides], r->scheme, &r->overrides[r->n_overrides]);
+    return rc;
+}
+
+static void free_recipe(struct recipe *r)
+{
+    for (size_t i = 0; i < r->n_overrides; i++)
+        free(r->overrides[i].glob);
+    free(r->overrides);
+}
+
+static void describe_scheme(struct quant_scheme s, struct text *out)
+{
+    text_printf(out, "%s, ", recipe_scheme_name(s));
+    if (s.group)
+        text_printf(out, "groups of %lld", (long long)s.group);
+    else
+        text_add(out, "one scale a row");
+}
+
+/* --- the plan ------------------------------------------------------------------------------------------------- */
+
+/* Linears that the recipe's own scheme does not cover, counted by what happens to them instead. */
+static int describe_exceptions(const struct cut *cut, struct text *out)
+{
+    const struct recipe_plan *plan = cut_plan(cut);
+    static const struct human_column columns[] = {{"linear", false}, {"instead", false}, {"why", false}};
+    struct human_table table = {.columns = columns, .n_columns = 3};
+    for (size_t i = 0; i < plan->n; i++) {
+        const struct linear_plan *l = &plan->linears[i];
+        struct text scheme = {0};
+        if (!l->why)
+            continue;
+        if (l->quantized)
+            describe_scheme(l->scheme, &scheme);
+        human_table_cell(&table, "%s", l->tensor->name);
+        human_table_cell(&table, "%s", l->quantized && scheme.data ? scheme.data : "16 bits");
+        human_table_cell(&table, "%s", l->why);
+        text_free(&scheme);
+    }
+    int rc = 0;
+    if (table.n_cells) {
+        text_add(out, "\n");
+        rc = human_table_render(&table, out);
+    }
+    human_table_free(&table);
+    return rc;
+}
+
+static int describe_plan(const struct cut *cut, const struct recipe *recipe, struct text *out)
+{
+    const struct cut_totals t = cut_totals(cut);
+    double seconds;
+    int rc = cut_estimate(cut, &seconds);
+    if (rc < 0)
+        return rc;
+    text_printf(out, "plan     %s, ", recipe->method);
+    describe_scheme(recipe->scheme, out);
+    text_printf(out, ", scales %s; nothing is written\n", recipe_scales_name(recipe->scales.rule));
+    text_printf(out, "source   %s in %zu tensors, %.1f million parameters: %s\n", human_bytes(t.source_bytes).s,
+                t.n_tensors, (double)t.n_parameters / 1e6, cut_source(cut)->folder);
+    text_printf(out, "output   %s, %.0f %% of it\n", human_bytes(t.output_bytes).s,
+                t.source_bytes ? 100 * (double)t.output_bytes / (double)t.source_bytes : 0);
+    text_printf(out, "linears  %zu quantized (%.1f million weights), %zu stay in 16 bits\n", t.n_linears,
+                (double)t.n_quantized / 1e6, t.n_kept);
+    text_printf(out, "memory   about %s with %d thread%s\n", human_bytes(t.memory_bytes).s, t.n_workers,
+                t.n_workers == 1 ? "" : "s");
+    text_printf(out, "time     about %s, if storage keeps up with 2 GB/s\n", human_seconds(seconds).s);
+    return describe_exceptions(cut, out);
+}
+
+static int plan_json(const struct cut *cut, const struct recipe *recipe, struct text *out)
+{
+    const struct cut_totals t = cut_totals(cut);
+    double seconds;
+    const int rc = cut_estimate(cut, &seconds);
+    if (rc < 0)
+        return rc;
+    json_kv_bool(out, "dry_run", true);
+    json_put_key(out, "recipe");
+    recipe_write(recipe, out);
+    json_kv_uint(out, "source_bytes", t.source_bytes);
+    json_kv_uint(out, "output_bytes", t.output_bytes);
+    json_kv_uint(out, "memory_bytes", t.memory_bytes);
+    json_kv_uint(out, "quantized_linears", t.n_linears);
+    json_kv_uint(out, "kept_linears", t.n_kept);
+    json_kv_int(out, "quantized_parameters", t.n_quantized);
+    json_kv_double(out, "estimated_seconds", seconds);
+    return 0;
+}
+
+/* --- progress ------------------------------------------------------------------------------------------------- */
+
+static void on_stage(void *ctx, enum cut_stage stage, uint64_t total_bytes)
+{
+    (void)ctx;
+    progress_begin(stage == CUT_QUANTIZE ? "cutting" : "reading back", PROGRESS_BYTES, total_bytes);
+}
+
+static void on_bytes(void *ctx, uint64_t bytes)
+{
+    (void)ctx;
+    progress_advance(bytes, NULL);
+}
+
+static void on_linear(void *ctx, const char *name, double error)
+{
+    (void)ctx;
+    char text[256];
+    snprintf(text, sizeof text, "%s error %.4f", name, error);
+    progress_advance(0, text);
+    output_detail("%s", text);
+}
+
+/* --- the result ----------------------------------------------------------------------------------------------- */
+
+struct summary {
+    size_t n;
+    double mean, worst;
+    const char *worst_name;
+    int64_t n_nonfinite;
+};
+
+static struct summary summarize(const struct cut *cut)
+{
+    struct summary s = {.worst = -1};
+    const struct cut_linear *l = cut_linears(cut, &s.n);
+    for (size_t i = 0; i < s.n; i++) {
+        s.mean += l[i].error / (double)s.n;
+        s.n_nonfinite += l[i].n_nonfinite;
+        if (l[i].error > s.worst) {
+            s.worst = l[i].error;
+            s.worst_name = l[i].plan->tensor->name;
+        }
+    }
+    return s;
+}
+
+static void describe_result(const struct cut *cut, const struct args *a, const struct recipe *recipe, double seconds,
+                            struct text *out)
+{
+    const struct cut_totals t = cut_totals(cut);
+    const struct summary s = summarize(cut);
+    text_printf(out, "cut      %s\n", a->out);
+    text_printf(out, "size     %s → %s\n", human_bytes(t.source_bytes).s, human_bytes(t.output_bytes).s);
+    text_printf(out, "linears  %zu by %s, ", s.n, recipe->method);
+    describe_scheme(recipe->scheme, out);
+    text_printf(out, "; %zu stay in 16 bits\n", t.n_kept);
+    text_printf(out, "error    mean %.4f of the weights, worst %.4f (%s)\n", s.mean, s.worst, s.worst_name);
+    if (s.n_nonfinite)
+        text_printf(out, "         %lld NaN or infinite weights were taken as 0\n", (long long)s.n_nonfinite);
+    text_printf(out, "time     %s, %s\n", human_seconds(seconds).s,
+                a->no_verify ? "not read back" : "read back and compared");
+}
+
+static void result_json(const struct cut *cut, const struct args *a, double seconds, struct text *out)
+{
+    const struct cut_totals t = cut_totals(cut);
+    size_t n;
+    const struct cut_linear *l = cut_linears(cut, &n);
+    json_kv_string(out, "out", a->out);
+    json_kv_uint(out, "source_bytes", t.source_bytes);
+    json_kv_uint(out, "output_bytes", t.output_bytes);
+    json_kv_double(out, "seconds", seconds);
+    json_kv_int(out, "threads", t.n_workers);
+    json_kv_bool(out, "read_back", !a->no_verify);
+    json_put_key(out, "linears");
+    json_begin_array(out);
+    for (size_t i = 0; i < n; i++) {
+        json_begin_object(out);
+        json_kv_string(out, "name", l[i].plan->tensor->name);
+        json_kv_string(out, "scheme", recipe_scheme_name(l[i].plan->scheme));
+        json_kv_int(out, "group_size", l[i].plan->scheme.group ? l[i].plan->scheme.group : l[i].plan->tensor->shape[1]);
+        json_kv_double(out, "weight_error", l[i].error);
+        json_end_object(out);
+    }
+    json_end_array(out);
+}
+
+static int write_report(const struct cut *cut, const struct args *a, double seconds)
+{
+    struct text t = {0};
+    output_json_begin(&t, a->device, NULL);
+    result_json(cut, a, seconds, &t);
+    json_end_object(&t);
+    text_add(&t, "\n");
+    int rc = text_finish(&t);
+    if (!rc)
+        rc = file_write_atomic(a->report, t.data, t.len);
+    text_free(&t);
+    return rc;
+}
+
+/* --- command -------------------------------------------------------------------------------------------------- */
+
+static int dry_run(const struct cut *cut, const struct args *a, const struct recipe *recipe)
+{
+    struct text out = {0};
+    int rc;
+    if (output_json()) {
+        output_json_begin(&out, a->device, NULL);
+        rc = plan_json(cut, recipe, &out);
+        if (!rc)
+            rc = output_json_end(&out);
+    } else {
+        rc = describe_plan(cut, recipe, &out);
+        if (!rc)
+            rc = output_print(&out);
+    }
+    text_free(&out);
+    return rc;
+}
+
+static int run(struct cut *cut, const struct args *a, const struct recipe *recipe)
+{
+    const struct cut_events events = {on_stage, on_bytes, on_linear, NULL};
+    struct text out = {0};
+    const double start = clock_seconds();
+    int rc = cut_run(cut, &events);
+    const double seconds = clock_seconds() - start;
+    progress_end();
+    if (!rc && a->report)
+        rc = write_report(cut, a, seconds);
+    if (rc < 0)
+        return rc;
+    if (output_json()) {
+        output_json_begin(&out, a->device, NULL);
+        result_json(cut, a, seconds, &out);
+        return output_json_end(&out);
+    }
+    describe_result(cut, a, recipe, seconds, &out);
+    return output_print(&out);
+}
+
+int cmd_quantize(int argc, char **argv)
+{
+    struct args a = {0};
+    struct recipe recipe = {0};
+    struct cut *cut = NULL;
+    int rc = cmd_begin(&spec, argc, argv, &a, &a.output);
+    if (!rc)
+        rc = make_recipe(&a, &recipe);
+    if (!rc) {
+        const struct cut_options job = {.model = a.model, .out = a.out, .device = a.device,
+                                        .version = GEMCUT_VERSION, .recipe = recipe, .shard_bytes = a.shard_size,
+                                        .n_workers = (int)a.threads, .overwrite = a.overwrite,
+                                        .skip_check = a.no_verify};
+        rc = cut_open(&cut, &job);
+    }
+    if (!rc)
+        rc = a.dry_run ? dry_run(cut, &a, &recipe) : run(cut, &a, &recipe);
+    cut_close(cut);
+    free_recipe(&recipe);
+    opt_list_free(&a.ignore);
+    opt_list_free(&a.only);
+    opt_list_free(&a.overrides);
+    return rc;
+}
