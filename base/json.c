@@ -17,13 +17,25 @@ struct json_doc {
     cJSON *root;
 };
 
+/* Where a byte stands that no JSON text has, or len. cJSON skips a byte order mark and every control byte as if
+ * it were space, and takes a NUL for the end of the text. */
+static size_t find_foreign(const char *text, size_t len)
+{
+    if (len >= 3 && !memcmp(text, "\xef\xbb\xbf", 3))
+        return 0;
+    size_t i = 0;
+    while (i < len && ((unsigned char)text[i] >= 0x20 || text[i] == '\t' || text[i] == '\n' || text[i] == '\r'))
+        i++;
+    return i;
+}
+
 int json_parse(struct json_doc **out, const char *text, size_t len, const char *name)
 {
     *out = NULL;
-    /* cJSON stops at a NUL byte as if the text ended there */
-    if (memchr(text, '\0', len))
-        return err_set(ERR_FORMAT, "%s: not JSON: NUL byte at offset %zu", name,
-                       (size_t)((const char *)memchr(text, '\0', len) - text));
+    const size_t foreign = find_foreign(text, len);
+    if (foreign < len)
+        return err_set(ERR_FORMAT, "%s: not JSON: byte 0x%02x at offset %zu", name, (unsigned char)text[foreign],
+                       foreign);
     const char *end = NULL;
     cJSON *root = cJSON_ParseWithLengthOpts(text, len, &end, 0);
     size_t at = end ? (size_t)(end - text) : 0;

@@ -141,6 +141,8 @@ int parallel_workers(const struct parallel *p)
 
 int parallel_for(struct parallel *p, size_t n, parallel_task task, void *ctx)
 {
+    if (n == 1) /* not worth waking anybody */
+        return err_interrupt_requested() ? err_interrupted() : task(ctx, 0, 0);
     pthread_mutex_lock(&p->lock);
     CHECK(p->n_running == 0);
     p->task = task;

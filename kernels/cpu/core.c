@@ -49,7 +49,7 @@ static int64_t first_nonfinite(const struct mat *w, int64_t row, int64_t from)
     return found < 0 ? -1 : found + from;
 }
 
-static int find_nonfinite(const struct mat *w, int64_t *index)
+int cpu_find_nonfinite(const struct mat *w, int64_t *index)
 {
     const int rc = cpu_check_float(w, "find_nonfinite");
     *index = -1;
@@ -61,7 +61,7 @@ static int find_nonfinite(const struct mat *w, int64_t *index)
     return rc;
 }
 
-static int zero_nonfinite(const struct mat *w, int64_t *count)
+int cpu_zero_nonfinite(const struct mat *w, int64_t *count)
 {
     const int rc = cpu_check_float(w, "zero_nonfinite");
     *count = 0;
@@ -92,7 +92,7 @@ CPU_CLONES static void row_squared_error(const struct mat *a, const struct mat *
     }
 }
 
-static int squared_error(const struct mat *a, const struct mat *b, double *error, double *reference)
+int cpu_squared_error(const struct mat *a, const struct mat *b, double *error, double *reference)
 {
     int rc = cpu_check_float(a, "squared_error");
     if (!rc)
@@ -103,9 +103,3 @@ static int squared_error(const struct mat *a, const struct mat *b, double *error
         row_squared_error(a, b, r, error, reference);
     return rc;
 }
-
-const struct core_ops cpu_core_ops = {
-    .find_nonfinite = find_nonfinite,
-    .zero_nonfinite = zero_nonfinite,
-    .squared_error = squared_error,
-};

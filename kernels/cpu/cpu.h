@@ -5,14 +5,55 @@
 #define GEMCUT_KERNELS_CPU_CPU_H
 
 #include "base/half.h"
+#include "base/parallel.h"
 #include "kernels/backend.h"
 
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
+#define CPU_INLINE static inline __attribute__((always_inline))
+
 extern const struct core_ops cpu_core_ops;
 extern const struct quant_ops cpu_quant_ops;
+
+/* The state behind a CPU backend: its threads and a piece of scratch memory for each. */
+enum { CPU_SCRATCH_BYTES = 8 << 20 };
+
+struct cpu_state {
+    struct parallel *pool;
+    float **scratch; /* [workers], CPU_SCRATCH_BYTES each */
+};
+
+int cpu_open(struct backend *b, int n_threads);
+void cpu_close(struct backend *b);
+
+CPU_INLINE const struct cpu_state *cpu_state(const struct backend *b)
+{
+    return b->state;
+}
+
+/* Operations, by file; cpu.c puts them into the table. */
+int cpu_find_nonfinite(const struct mat *w, int64_t *index);
+int cpu_zero_nonfinite(const struct mat *w, int64_t *count);
+int cpu_squared_error(const struct mat *a, const struct mat *b, double *error, double *reference);
+int cpu_embed(const struct backend *b, const struct mat *table, const int32_t *ids, float scale,
+              const struct mat *out);
+int cpu_rms_norm(const struct backend *b, const struct mat *x, const struct mat *w, const struct norm_spec *spec,
+                 const struct mat *residual, const struct mat *out);
+int cpu_rope(const struct backend *b, const struct mat *x, int head_dim, const float *inv_freq,
+             int64_t first_position);
+int cpu_geglu(const struct backend *b, const struct mat *gate, const struct mat *up, const struct mat *out);
+int cpu_softcap(const struct backend *b, const struct mat *x, float cap);
+int cpu_gemm(const struct backend *b, const struct mat *x, const struct mat *w, const struct mat *out);
+int cpu_q_gemm(const struct backend *b, const struct mat *x, const struct qmat *w, const struct mat *out);
+int cpu_attention(const struct backend *b, const struct attention_spec *spec, const struct mat *q,
+                  const struct mat *keys, const struct mat *values, const struct mat *out);
+int cpu_compare_rows(const struct backend *b, const struct mat *logits_a, const struct mat *logits_b,
+                     const int32_t *targets, struct row_comparison *out);
+
+/* Dequantizes rows [row, row + n) of q as floats (BF16 values) into out [n, cols]. */
+void cpu_dequantize_rows(const struct qmat *q, int64_t row, int64_t n, float *out);
 
 enum { LANES = 16 };
 typedef float vfloat __attribute__((vector_size(64)));
@@ -21,10 +62,10 @@ typedef int32_t vint __attribute__((vector_size(64)));
 typedef uint16_t vhalf __attribute__((vector_size(32)));
 typedef uint8_t vbyte __attribute__((vector_size(16)));
 
-#define CPU_INLINE static inline __attribute__((always_inline))
-
-/* Sanitizers and other architectures take the plain version. */
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+/* Sanitizers and other architectures take the plain version; the test that compares instruction sets defines it
+ * empty and compiles for each of them. */
+#if defined(CPU_CLONES)
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
 #define CPU_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define CPU_CLONES
@@ -127,6 +168,29 @@ CPU_INLINE void load_row(const struct mat *m, int64_t row, int64_t col, int64_t 
     }
     for (; i % LANES; i++)
         out[i] = 0;
+}
+
+/* e^x, relative error below 2^-22; 0 below −87.3, saturates above 88. Cody–Waite reduction and a polynomial
+ * for 2^f on [−½, ½] (minimax, degree 6). */
+CPU_INLINE vfloat vexp(vfloat x)
+{
+    x = vmin(vmax(x, vset(-87.3f)), vset(88.0f));
+    const vfloat n = vround(x * 1.44269504f);
+    const vfloat r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vfloat p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const vint exponent = ((vint)(n + ROUND_MAGIC) - ROUND_MAGIC_BITS + 127) << 23;
+    return p * (vfloat)exponent;
+}
+
+/* tanh by e^2x; absolute error below 2^-22. */
+CPU_INLINE vfloat vtanh(vfloat x)
+{
+    return 1.0f - 2.0f / (vexp(2.0f * x) + 1.0f);
 }
 
 /* 0 when the matrix holds one of the float types that load_row knows. */

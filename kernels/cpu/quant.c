@@ -271,20 +271,32 @@ CPU_INLINE void dequantize_part(const struct qmat *q, int64_t row, int64_t col, 
     }
 }
 
-CPU_CLONES static void dequantize_row(const struct qmat *q, const struct mat *out, int64_t row)
+CPU_CLONES static void dequantize_row_bf16(const struct qmat *q, const struct mat *out, int64_t row)
 {
     float x[PART + LANES];
     for (int64_t col = 0; col < q->cols; col += PART) {
         const int64_t n = min64(q->cols - col, PART);
         dequantize_part(q, row, col, n, x);
-        if (out->dtype == DTYPE_F32) {
-            memcpy((float *)out->data + row * out->stride + col, x, (size_t)n * sizeof *x);
-            continue;
-        }
         uint16_t *h = (uint16_t *)out->data + row * out->stride + col;
         for (int64_t i = 0; i < n; i++)
             h[i] = (uint16_t)(half_bits(x[i]) >> 16);
     }
+}
+
+CPU_CLONES static void dequantize_row_floats(const struct qmat *q, int64_t row, float *out)
+{
+    float x[PART + LANES];
+    for (int64_t col = 0; col < q->cols; col += PART) {
+        const int64_t n = min64(q->cols - col, PART);
+        dequantize_part(q, row, col, n, x);
+        memcpy(out + col, x, (size_t)n * sizeof *x);
+    }
+}
+
+void cpu_dequantize_rows(const struct qmat *q, int64_t row, int64_t n, float *out)
+{
+    for (int64_t r = 0; r < n; r++)
+        dequantize_row_floats(q, row + r, out + r * q->cols);
 }
 
 static int dequantize(const struct qmat *q, const struct mat *out)
@@ -295,8 +307,12 @@ static int dequantize(const struct qmat *q, const struct mat *out)
     if (out->dtype != DTYPE_BF16 && out->dtype != DTYPE_F32)
         return err_set(ERR_UNSUPPORTED, "dequantize: to %s, expected BF16 or F32", dtype_name(out->dtype));
     CHECK(out->cols == q->cols && out->rows == q->packed.rows);
-    for (int64_t r = 0; r < out->rows; r++)
-        dequantize_row(q, out, r);
+    for (int64_t r = 0; r < out->rows; r++) {
+        if (out->dtype == DTYPE_F32)
+            dequantize_row_floats(q, r, (float *)out->data + r * out->stride);
+        else
+            dequantize_row_bf16(q, out, r);
+    }
     return 0;
 }
 

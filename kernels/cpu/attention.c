@@ -1,0 +1,92 @@
+/* Causal attention with an optional window. A task is one query head and a run of queries: their scores against
+ * the keys in reach stand in the thread's scratch memory, get softmax row by row, and multiply the values. */
+#include "kernels/cpu/cpu.h"
+
+#include "base/err.h"
+
+#include <cblas.h>
+#include <math.h>
+
+enum { QUERIES = 64 }; /* queries a task takes, fewer where that many rows of scores do not fit */
+
+struct attention_job {
+    const struct cpu_state *state;
+    const struct attention_spec *spec;
+    const struct mat *q, *keys, *values, *out;
+    int64_t run, n_runs;
+};
+
+/* softmax of scale·s[0..n) in place, zero beyond up to `padded`. */
+CPU_CLONES static void softmax_row(float *s, int64_t n, int64_t padded, float scale)
+{
+    float highest = s[0];
+    for (int64_t i = 1; i < n; i++)
+        highest = s[i] > highest ? s[i] : highest;
+    const float shift = highest * scale; /* scale > 0 */
+    vfloat sum = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        const vfloat e = vexp(vload(s + i) * scale - shift);
+        vstore(s + i, e);
+        sum += e;
+    }
+    float total = vsum(sum);
+    for (; i < n; i++) {
+        s[i] = expf(s[i] * scale - shift);
+        total += s[i];
+    }
+    const float inverse = 1 / total;
+    for (int64_t k = 0; k < n; k++)
+        s[k] *= inverse;
+    for (int64_t k = n; k < padded; k++)
+        s[k] = 0;
+}
+
+static int attention_task(void *ctx, size_t index, int worker)
+{
+    const struct attention_job *j = ctx;
+    const struct attention_spec *a = j->spec;
+    const int head = (int)(index / (size_t)j->n_runs), kv_head = head / (a->n_heads / a->n_kv_heads);
+    const int64_t d = a->head_dim, row = (int64_t)(index % (size_t)j->n_runs) * j->run;
+    const int64_t n = j->q->rows - row < j->run ? j->q->rows - row : j->run;
+    /* keys that any of these queries sees: [from, to) */
+    const int64_t first = a->first_position + row, to = first + n;
+    const int64_t from = a->window && first - a->window + 1 > 0 ? first - a->window + 1 : 0;
+    const int64_t width = to - from;
+    float *scores = j->state->scratch[worker];
+    const float *q = (const float *)j->q->data + row * j->q->stride + head * d;
+    const float *k = (const float *)j->keys->data + from * j->keys->stride + kv_head * d;
+    const float *v = (const float *)j->values->data + from * j->values->stride + kv_head * d;
+    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (int)n, (int)width, (int)d, 1, q, (int)j->q->stride, k,
+                (int)j->keys->stride, 0, scores, (int)width);
+    for (int64_t r = 0; r < n; r++) {
+        const int64_t position = first + r;
+        const int64_t begin = a->window && position - a->window + 1 > from ? position - a->window + 1 - from : 0;
+        float *s = scores + r * width;
+        softmax_row(s + begin, position + 1 - from - begin, width - begin, a->scale);
+        for (int64_t i = 0; i < begin; i++)
+            s[i] = 0;
+    }
+    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (int)n, (int)d, (int)width, 1, scores, (int)width, v,
+                (int)j->values->stride, 0, (float *)j->out->data + row * j->out->stride + head * d,
+                (int)j->out->stride);
+    return 0;
+}
+
+int cpu_attention(const struct backend *b, const struct attention_spec *spec, const struct mat *q,
+                  const struct mat *keys, const struct mat *values, const struct mat *out)
+{
+    const int64_t positions = spec->first_position + q->rows;
+    CHECK(q->dtype == DTYPE_F32 && keys->dtype == DTYPE_F32 && values->dtype == DTYPE_F32 && out->dtype == DTYPE_F32);
+    CHECK(spec->n_heads % spec->n_kv_heads == 0 && q->cols == spec->n_heads * spec->head_dim);
+    CHECK(keys->rows >= positions && keys->cols == spec->n_kv_heads * spec->head_dim && spec->scale > 0);
+    const int64_t reach = spec->window && spec->window < positions ? spec->window : positions;
+    const int64_t fitting = CPU_SCRATCH_BYTES / 4 / (reach + QUERIES);
+    if (fitting < 1)
+        return err_set(ERR_UNSUPPORTED, "attention: %lld positions, expected at most %d", (long long)positions,
+                       CPU_SCRATCH_BYTES / 4 - QUERIES);
+    struct attention_job j = {.state = cpu_state(b), .spec = spec, .q = q, .keys = keys, .values = values, .out = out,
+                              .run = fitting < QUERIES ? fitting : QUERIES};
+    j.n_runs = (q->rows + j.run - 1) / j.run;
+    return parallel_for(j.state->pool, (size_t)(j.n_runs * spec->n_heads), attention_task, &j);
+}

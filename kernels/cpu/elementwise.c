@@ -1,0 +1,204 @@
+/* Operations that touch each element once: embedding, norms, rotary positions, the gated activation. Rows are
+ * shared among the threads in runs of fixed length. */
+#include "kernels/cpu/cpu.h"
+
+#include "base/err.h"
+
+#include <math.h>
+
+enum { RUN = 8 }; /* rows a task takes */
+
+static size_t n_runs(int64_t rows)
+{
+    return (size_t)((rows + RUN - 1) / RUN);
+}
+
+CPU_INLINE float *row_of(const struct mat *m, int64_t row)
+{
+    return (float *)m->data + row * m->stride;
+}
+
+CPU_INLINE int64_t run_end(size_t run, int64_t rows)
+{
+    const int64_t end = ((int64_t)run + 1) * RUN;
+    return end < rows ? end : rows;
+}
+
+static void check_f32(const struct mat *m)
+{
+    CHECK(m->dtype == DTYPE_F32);
+}
+
+/* --- embedding ------------------------------------------------------------------------------------------------ */
+
+int cpu_embed(const struct backend *b, const struct mat *table, const int32_t *ids, float scale,
+              const struct mat *out)
+{
+    (void)b;
+    const int rc = cpu_check_float(table, "embed");
+    check_f32(out);
+    CHECK(out->cols == table->cols);
+    for (int64_t r = 0; !rc && r < out->rows; r++) {
+        CHECK(ids[r] >= 0 && ids[r] < table->rows);
+        float *y = row_of(out, r);
+        float part[256];
+        for (int64_t c = 0; c < out->cols; c += 256) {
+            const int64_t n = out->cols - c < 256 ? out->cols - c : 256;
+            load_row(table, ids[r], c, n, part);
+            for (int64_t i = 0; i < n; i++)
+                y[c + i] = part[i] * scale;
+        }
+    }
+    return rc;
+}
+
+/* --- RMSNorm -------------------------------------------------------------------------------------------------- */
+
+struct norm_job {
+    const struct mat *x, *w, *residual, *out;
+    const struct norm_spec *spec;
+};
+
+/* Σ x², in lanes and then over them. */
+CPU_INLINE float sum_of_squares(const float *x, int64_t n)
+{
+    vfloat sum = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        sum += vload(x + i) * vload(x + i);
+    float s = vsum(sum);
+    for (; i < n; i++)
+        s += x[i] * x[i];
+    return s;
+}
+
+CPU_CLONES static void norm_row(const struct norm_job *j, int64_t row)
+{
+    const float *x = row_of(j->x, row), *residual = j->residual ? row_of(j->residual, row) : NULL;
+    float *y = row_of(j->out, row);
+    const int64_t n = j->x->cols;
+    const float scale = 1 / sqrtf(sum_of_squares(x, n) / (float)n + j->spec->eps);
+    const float offset = j->spec->unit_offset ? 1 : 0;
+    float w[256];
+    for (int64_t c = 0; c < n; c += 256) {
+        const int64_t part = n - c < 256 ? n - c : 256;
+        if (j->w)
+            load_row(j->w, 0, c, part, w);
+        for (int64_t i = 0; i < part; i++) {
+            const float factor = j->w ? offset + w[i] : 1;
+            y[c + i] = (residual ? residual[c + i] : 0) + x[c + i] * scale * factor;
+        }
+    }
+}
+
+static int norm_task(void *ctx, size_t run, int worker)
+{
+    (void)worker;
+    const struct norm_job *j = ctx;
+    for (int64_t r = (int64_t)run * RUN; r < run_end(run, j->x->rows); r++)
+        norm_row(j, r);
+    return 0;
+}
+
+int cpu_rms_norm(const struct backend *b, const struct mat *x, const struct mat *w, const struct norm_spec *spec,
+                 const struct mat *residual, const struct mat *out)
+{
+    check_f32(x);
+    check_f32(out);
+    CHECK(out->rows == x->rows && out->cols == x->cols && (!w || w->cols == x->cols));
+    const int rc = w ? cpu_check_float(w, "rms_norm") : 0;
+    struct norm_job j = {x, w, residual, out, spec};
+    return rc < 0 ? rc : parallel_for(cpu_state(b)->pool, n_runs(x->rows), norm_task, &j);
+}
+
+/* --- rotary positions ------------------------------------------------------------------------------------------- */
+
+struct rope_job {
+    const struct mat *x;
+    const float *inv_freq; /* [head_dim / 2] */
+    int head_dim;
+    int64_t first_position;
+};
+
+static int rope_task(void *ctx, size_t run, int worker)
+{
+    (void)worker;
+    const struct rope_job *j = ctx;
+    const int half = j->head_dim / 2;
+    for (int64_t r = (int64_t)run * RUN; r < run_end(run, j->x->rows); r++) {
+        float *x = row_of(j->x, r);
+        for (int i = 0; i < half; i++) {
+            const float angle = (float)(j->first_position + r) * j->inv_freq[i];
+            const float c = cosf(angle), s = sinf(angle);
+            for (int64_t head = 0; head < j->x->cols; head += j->head_dim) {
+                const float u = x[head + i], v = x[head + half + i];
+                x[head + i] = u * c - v * s;
+                x[head + half + i] = v * c + u * s;
+            }
+        }
+    }
+    return 0;
+}
+
+int cpu_rope(const struct backend *b, const struct mat *x, int head_dim, const float *inv_freq,
+             int64_t first_position)
+{
+    check_f32(x);
+    CHECK(head_dim > 0 && head_dim % 2 == 0 && x->cols % head_dim == 0);
+    struct rope_job j = {x, inv_freq, head_dim, first_position};
+    return parallel_for(cpu_state(b)->pool, n_runs(x->rows), rope_task, &j);
+}
+
+/* --- activations ------------------------------------------------------------------------------------------------ */
+
+struct geglu_job {
+    const struct mat *gate, *up, *out;
+};
+
+CPU_INLINE vfloat gelu_tanh(vfloat z)
+{
+    const float sqrt_2_pi = 0.7978845608f;
+    return 0.5f * z * (1.0f + vtanh(sqrt_2_pi * (z + 0.044715f * z * z * z)));
+}
+
+/* gelu(gate)·up for n elements; the last, partial vector goes through a buffer. */
+CPU_CLONES static void geglu_row(const float *gate, const float *up, float *out, int64_t n)
+{
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        vstore(out + i, gelu_tanh(vload(gate + i)) * vload(up + i));
+    float rest[LANES] = {0};
+    memcpy(rest, gate + i, (size_t)(n - i) * sizeof *rest);
+    vstore(rest, gelu_tanh(vload(rest)));
+    for (int64_t k = i; k < n; k++)
+        out[k] = rest[k - i] * up[k];
+}
+
+static int geglu_task(void *ctx, size_t run, int worker)
+{
+    (void)worker;
+    const struct geglu_job *j = ctx;
+    for (int64_t r = (int64_t)run * RUN; r < run_end(run, j->out->rows); r++)
+        geglu_row(row_of(j->gate, r), row_of(j->up, r), row_of(j->out, r), j->out->cols);
+    return 0;
+}
+
+int cpu_geglu(const struct backend *b, const struct mat *gate, const struct mat *up, const struct mat *out)
+{
+    check_f32(gate);
+    check_f32(up);
+    check_f32(out);
+    CHECK(gate->rows == out->rows && up->rows == out->rows && gate->cols == out->cols && up->cols == out->cols);
+    struct geglu_job j = {gate, up, out};
+    return parallel_for(cpu_state(b)->pool, n_runs(out->rows), geglu_task, &j);
+}
+
+int cpu_softcap(const struct backend *b, const struct mat *x, float cap)
+{
+    (void)b;
+    check_f32(x);
+    for (int64_t r = 0; r < x->rows; r++)
+        for (int64_t c = 0; c < x->cols; c++)
+            row_of(x, r)[c] = cap * tanhf(row_of(x, r)[c] / cap);
+    return 0;
+}

@@ -1,0 +1,237 @@
+/* out = x·wᵀ. Many rows of x: a panel of w's rows is widened to FP32 in a thread's scratch memory and multiplied by
+ * OpenBLAS. Few rows (decode): the weights are streamed once, straight from BF16 or four bits, and memory is the
+ * limit. Panels depend on the width alone, so the result does not depend on the number of threads. */
+#include "kernels/cpu/cpu.h"
+
+#include "base/err.h"
+
+#include <cblas.h>
+
+enum {
+    FEW_ROWS = 4,      /* up to this many rows of x are multiplied by streaming w */
+    STREAM_ROWS = 64,  /* rows of w that a task streams */
+    MAX_PANEL = 256,   /* rows of w in a panel */
+};
+
+struct gemm_job {
+    const struct cpu_state *state;
+    const struct mat *x, *out;
+    const struct mat *w;   /* one of the two */
+    const struct qmat *q;
+    int64_t panel;
+    const float *ordered; /* x in the order of stream_nibbles_v4, where that is used */
+};
+
+/* --- panels for OpenBLAS ---------------------------------------------------------------------------------------- */
+
+CPU_CLONES static void widen_rows(const struct mat *w, int64_t row, int64_t n, float *out)
+{
+    float tail[LANES];
+    const int64_t whole = w->cols / LANES * LANES;
+    for (int64_t r = 0; r < n; r++) {
+        load_row(w, row + r, 0, whole, out + r * w->cols);
+        load_row(w, row + r, whole, w->cols - whole, tail); /* its padding must not reach the next row */
+        memcpy(out + r * w->cols + whole, tail, (size_t)(w->cols - whole) * sizeof *tail);
+    }
+}
+
+static int panel_task(void *ctx, size_t index, int worker)
+{
+    const struct gemm_job *j = ctx;
+    const int64_t rows = j->out->cols, cols = j->x->cols, row = (int64_t)index * j->panel;
+    const int64_t n = rows - row < j->panel ? rows - row : j->panel;
+    float *panel = j->state->scratch[worker];
+    const float *b = panel;
+    int64_t stride = cols;
+    if (j->q) {
+        cpu_dequantize_rows(j->q, row, n, panel);
+    } else if (j->w->dtype == DTYPE_F32) {
+        b = (const float *)j->w->data + row * j->w->stride;
+        stride = j->w->stride;
+    } else {
+        widen_rows(j->w, row, n, panel);
+    }
+    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (int)j->x->rows, (int)n, (int)cols, 1, j->x->data,
+                (int)j->x->stride, b, (int)stride, 0, (float *)j->out->data + row, (int)j->out->stride);
+    return 0;
+}
+
+/* --- streaming -------------------------------------------------------------------------------------------------- */
+
+/* Dot products of one row of BF16 weights with the n rows of x; inlined for n = 1, where sums stay in registers. */
+CPU_INLINE void stream_bf16_rows(const struct mat *x, int64_t n, const uint16_t *w, float *out, int64_t stride)
+{
+    const int64_t cols = x->cols;
+    vfloat sum[FEW_ROWS] = {{0}}, second[FEW_ROWS] = {{0}};
+    int64_t c = 0;
+    for (; c + 2 * LANES <= cols; c += 2 * LANES) {
+        vhalf h[2];
+        memcpy(h, w + c, sizeof h);
+        const vfloat v0 = (vfloat)(__builtin_convertvector(h[0], vuint) << 16);
+        const vfloat v1 = (vfloat)(__builtin_convertvector(h[1], vuint) << 16);
+        for (int64_t r = 0; r < n; r++) {
+            const float *row = (const float *)x->data + r * x->stride + c;
+            sum[r] += v0 * vload(row);
+            second[r] += v1 * vload(row + LANES);
+        }
+    }
+    for (int64_t r = 0; r < n; r++) {
+        float s = vsum(sum[r] + second[r]);
+        for (int64_t k = c; k < cols; k++)
+            s += half_from_bf16(w[k]) * ((const float *)x->data)[r * x->stride + k];
+        out[r * stride] = s;
+    }
+}
+
+CPU_CLONES static void stream_bf16(const struct mat *x, const uint16_t *w, float *out, int64_t stride)
+{
+    if (x->rows == 1)
+        stream_bf16_rows(x, 1, w, out, stride);
+    else
+        stream_bf16_rows(x, x->rows, w, out, stride);
+}
+
+/* A group of 4-bit weights has 16 different values: bf16((code − 8 − zero)·scale). */
+CPU_INLINE vfloat code_values(float scale, float zero)
+{
+    const vfloat codes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return vround_bf16((codes - (8 + zero)) * scale);
+}
+
+/* 128 columns are 16 words; nibble i of all of them at once are the columns 8·lane + i. x is brought into that order
+ * beforehand: [cols/128][8][16]. */
+enum { BLOCK = 128 };
+
+static void order_for_nibbles(const struct mat *x, float *out)
+{
+    for (int64_t r = 0; r < x->rows; r++) {
+        const float *row = (const float *)x->data + r * x->stride;
+        for (int64_t c = 0; c < x->cols; c++)
+            out[r * x->cols + c / BLOCK * BLOCK + c % 8 * LANES + c % BLOCK / 8] = row[c];
+    }
+}
+
+/* Dot products of one row of 4-bit weights with the n ordered rows of x. A code picks its value from the table of
+ * its group, which is one permutation on AVX-512. Groups are whole blocks. */
+CPU_INLINE void stream_nibbles_rows(const struct gemm_job *j, int64_t n, int64_t row)
+{
+    const struct qmat *q = j->q;
+    const int64_t cols = q->cols;
+    const uint32_t *words = (const uint32_t *)q->packed.data + row * q->packed.stride;
+    const uint16_t *scales = (const uint16_t *)q->scales.data + row * q->scales.stride;
+    const int8_t *zeros = q->zeros.data ? (const int8_t *)q->zeros.data + row * q->zeros.stride : NULL;
+    vfloat sum[FEW_ROWS] = {{0}}, second[FEW_ROWS] = {{0}};
+    for (int64_t c = 0; c < cols; c += BLOCK) {
+        const int64_t g = c / q->group;
+        const vfloat values = code_values(half_from_bf16(scales[g]), zeros ? (float)zeros[g] : 0);
+        vuint block;
+        memcpy(&block, words + c / 8, sizeof block);
+        for (int i = 0; i < 8; i += 2) {
+            const vfloat v0 = __builtin_shuffle(values, (vint)(block >> 4 * i & 15));
+            const vfloat v1 = __builtin_shuffle(values, (vint)(block >> (4 * i + 4) & 15));
+            for (int64_t r = 0; r < n; r++) {
+                const float *x = j->ordered + r * cols + c + i * LANES;
+                sum[r] += v0 * vload(x);
+                second[r] += v1 * vload(x + LANES);
+            }
+        }
+    }
+    for (int64_t r = 0; r < n; r++)
+        ((float *)j->out->data)[r * j->out->stride + row] = vsum(sum[r] + second[r]);
+}
+
+__attribute__((target("arch=x86-64-v4"))) static void stream_nibbles_v4(const struct gemm_job *j, int64_t row)
+{
+    if (j->x->rows == 1)
+        stream_nibbles_rows(j, 1, row);
+    else
+        stream_nibbles_rows(j, j->x->rows, row);
+}
+
+/* Any other layout or processor: dequantize a row, then multiply. */
+CPU_CLONES static void stream_floats(const struct mat *x, const float *w, int64_t cols, float *out, int64_t stride)
+{
+    for (int64_t r = 0; r < x->rows; r++) {
+        const float *row = (const float *)x->data + r * x->stride;
+        vfloat sum = {0};
+        int64_t c = 0;
+        for (; c + LANES <= cols; c += LANES)
+            sum += vload(w + c) * vload(row + c);
+        float s = vsum(sum);
+        for (; c < cols; c++)
+            s += w[c] * row[c];
+        out[r * stride] = s;
+    }
+}
+
+static int stream_task(void *ctx, size_t index, int worker)
+{
+    const struct gemm_job *j = ctx;
+    const int64_t rows = j->out->cols, cols = j->x->cols, first = (int64_t)index * STREAM_ROWS;
+    const int64_t end = rows - first < STREAM_ROWS ? rows : first + STREAM_ROWS;
+    float *scratch = j->state->scratch[worker];
+    for (int64_t row = first; row < end; row++) {
+        float *out = (float *)j->out->data + row;
+        if (j->ordered) {
+            stream_nibbles_v4(j, row);
+        } else if (j->q) {
+            cpu_dequantize_rows(j->q, row, 1, scratch);
+            stream_floats(j->x, scratch, cols, out, j->out->stride);
+        } else if (j->w->dtype == DTYPE_BF16) {
+            stream_bf16(j->x, (const uint16_t *)j->w->data + row * j->w->stride, out, j->out->stride);
+        } else {
+            widen_rows(j->w, row, 1, scratch);
+            stream_floats(j->x, scratch, cols, out, j->out->stride);
+        }
+    }
+    return 0;
+}
+
+static bool has_avx512(void)
+{
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+static int stream(struct gemm_job *j)
+{
+    /* the streaming tasks of packed weights need no scratch memory, so the first thread's holds x */
+    if (j->q && j->q->bits == 4 && j->q->group % BLOCK == 0 && j->q->cols % BLOCK == 0 && has_avx512() &&
+        j->x->rows * j->x->cols <= CPU_SCRATCH_BYTES / 4) {
+        order_for_nibbles(j->x, j->state->scratch[0]);
+        j->ordered = j->state->scratch[0];
+    }
+    return parallel_for(j->state->pool, (size_t)((j->out->cols + STREAM_ROWS - 1) / STREAM_ROWS), stream_task, j);
+}
+
+static int run(const struct backend *b, struct gemm_job *j)
+{
+    CHECK(j->x->dtype == DTYPE_F32 && j->out->dtype == DTYPE_F32 && j->x->rows == j->out->rows);
+    const int64_t rows = j->out->cols, cols = j->x->cols;
+    const int64_t fitting = CPU_SCRATCH_BYTES / 4 / (cols + LANES);
+    if (fitting < 1)
+        return err_set(ERR_UNSUPPORTED, "gemm: %lld columns, expected at most %d", (long long)cols,
+                       CPU_SCRATCH_BYTES / 4);
+    j->state = cpu_state(b);
+    j->panel = fitting < MAX_PANEL ? fitting : MAX_PANEL;
+    if (j->x->rows == 0)
+        return 0;
+    if (j->x->rows <= FEW_ROWS)
+        return stream(j);
+    return parallel_for(j->state->pool, (size_t)((rows + j->panel - 1) / j->panel), panel_task, j);
+}
+
+int cpu_gemm(const struct backend *b, const struct mat *x, const struct mat *w, const struct mat *out)
+{
+    const int rc = cpu_check_float(w, "gemm");
+    CHECK(w->cols == x->cols && w->rows == out->cols);
+    struct gemm_job j = {.x = x, .out = out, .w = w};
+    return rc < 0 ? rc : run(b, &j);
+}
+
+int cpu_q_gemm(const struct backend *b, const struct mat *x, const struct qmat *w, const struct mat *out)
+{
+    CHECK(w->cols == x->cols && w->packed.rows == out->cols);
+    struct gemm_job j = {.x = x, .out = out, .q = w};
+    return run(b, &j);
+}

@@ -1,0 +1,46 @@
+/* A model's weights on a device, ready for the forward pass. BF16 and packed linears look the same from outside. */
+#ifndef GEMCUT_RUNTIME_WEIGHTS_H
+#define GEMCUT_RUNTIME_WEIGHTS_H
+
+#include "base/parallel.h"
+#include "kernels/backend.h"
+#include "runtime/model.h"
+
+/* A linear: out = x·Wᵀ. */
+struct linear {
+    bool quantized;
+    struct mat weight; /* [rows, cols], when not quantized */
+    struct qmat packed;
+};
+
+/* One decoder block: what it computes with, and how. Settings are per layer, because families differ in them from
+ * layer to layer. */
+struct block {
+    int n_heads, n_kv_heads, head_dim;
+    int64_t window;        /* keys a query sees; 0 = all */
+    float score_scale;
+    const float *inv_freq; /* [head_dim / 2], on the host */
+    struct linear q, k, v, o, gate, up, down;
+    struct mat input_norm, q_norm, k_norm, post_attention_norm, pre_mlp_norm, post_mlp_norm; /* [1, n] */
+};
+
+struct weights {
+    const struct backend *backend;
+    struct gemma_config config; /* is_sliding is the model's own */
+    struct mat embedding;       /* [vocab, hidden]; the output head too */
+    struct mat final_norm;
+    struct block *blocks; /* [n_layers] */
+    float *inv_freq[2];   /* global, sliding */
+    struct buf *bufs;     /* what was acquired */
+    size_t n_bufs, capacity;
+    uint64_t bytes;       /* of all of them */
+};
+
+/* Loads a bound model (model_bind without problems). The model must stay open as long as the weights. */
+int weights_load(struct weights *out, const struct model *m, const struct backend *b);
+void weights_free(struct weights *w);
+
+/* out [n, rows] = x [n, cols]·Wᵀ */
+int linear_forward(const struct backend *b, const struct linear *l, const struct mat *x, const struct mat *out);
+
+#endif
