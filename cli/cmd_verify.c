@@ -6,8 +6,11 @@
 #include "cli/human.h"
 #include "cli/opt.h"
 #include "cli/output.h"
+#include "cli/progress.h"
+#include "report/run.h"
 #include "report/verify.h"
 
+#include <math.h>
 #include <stdlib.h>
 
 enum { WORST_SHOWN = 10, FINDINGS_SHOWN = 20 };
@@ -79,7 +82,7 @@ static void write_findings(const struct verify_report *r, struct text *out)
 
 static int describe(const struct verify_report *r, struct text *out)
 {
-    const size_t structure = count_findings(r, FINDING_STRUCTURE), bytes = count_findings(r, FINDING_BYTES);
+    const size_t structure = count_findings(r, FINDING_STRUCTURE);
     text_printf(out, "cut          %s\n", r->cut.folder);
     if (r->source.folder)
         text_printf(out, "against      %s\n", r->source.folder);
@@ -98,13 +101,18 @@ static int describe(const struct verify_report *r, struct text *out)
         text_printf(out, "weights      mean relative error %.4f, %.1f dB\n", r->mean_error, verify_sqnr(r->mean_error));
         rc = write_worst(r, out);
     }
+    return rc;
+}
+
+static void describe_result(const struct verify_report *r, struct text *out)
+{
     if (r->n_findings)
         write_findings(r, out);
     text_printf(out, "\nresult       %s", r->n_findings ? "NOT OK" : "ok");
     if (r->n_findings)
         text_printf(out, ": %zu problem%s", r->n_findings, r->n_findings == 1 ? "" : "s");
-    text_add(out, structure + bytes == 0 && !r->source.folder ? " (without --against, weights were not compared)\n" : "\n");
-    return rc;
+    text_add(out, !r->n_findings && !r->source.folder ? " (without --against, nothing was compared with the original)\n"
+                                                       : "\n");
 }
 
 /* --- JSON ----------------------------------------------------------------------------------------------------- */
@@ -154,13 +162,148 @@ static int describe_json(const struct verify_report *r, struct text *out)
     return 0;
 }
 
-/* --- command -------------------------------------------------------------------------------------------------- */
+/* --- behaviour ------------------------------------------------------------------------------------------------ */
 
 struct args {
-    const char *cut, *against, *device;
-    int64_t threads;
+    const char *cut, *against, *device, *text, *prompt;
+    int64_t threads, windows, length, tokens;
+    double max_kl, min_top1, max_perplexity_ratio;
+    bool no_run;
     struct output_options output;
 };
+
+/* What running both models gave. */
+struct run_report {
+    bool ran;
+    struct behaviour behaviour;
+    char *original, *cut; /* the prompt's continuations */
+};
+
+static void on_window(void *ctx, size_t window)
+{
+    (void)ctx;
+    progress_update(window + 1, NULL);
+}
+
+static int run_both(const struct args *a, const struct runnable *original, const struct runnable *cut,
+                    struct run_report *out)
+{
+    struct windows text;
+    int rc = run_windows_of(&text, original, a->text, a->length, a->windows);
+    if (rc < 0)
+        return rc;
+    progress_begin("running both models", PROGRESS_ITEMS, text.n);
+    rc = behaviour_measure(&out->behaviour, &original->weights, &cut->weights, &text, on_window, NULL);
+    progress_end();
+    out->ran = !rc;
+    windows_free(&text);
+    if (!rc)
+        rc = run_continuation(&out->original, original, a->prompt, a->tokens);
+    return rc ? rc : run_continuation(&out->cut, cut, a->prompt, a->tokens);
+}
+
+static int run_models(const struct args *a, const struct verify_report *r, struct run_report *out)
+{
+    struct backend b;
+    struct runnable original = {0}, cut = {0};
+    int rc = backend_open(&b, a->device, (int)a->threads);
+    if (rc < 0)
+        return rc;
+    rc = runnable_open(&original, &r->source, &b);
+    if (!rc)
+        rc = runnable_open(&cut, &r->cut, &b);
+    if (!rc)
+        rc = run_both(a, &original, &cut, out);
+    runnable_close(&cut);
+    runnable_close(&original);
+    backend_close(&b);
+    return rc;
+}
+
+/* Thresholds that the user set; a NaN misses every one. */
+static int check_gates(const struct args *a, const struct run_report *run, struct verify_report *r)
+{
+    const struct behaviour *b = &run->behaviour;
+    const double ratio = b->cut.perplexity / b->original.perplexity;
+    int rc = 0;
+    if (a->max_kl >= 0 && !(b->kl_mean <= a->max_kl))
+        rc = verify_add(r, FINDING_BEHAVIOUR, "KL", "is %.4f, expected at most %g (--max-kl)", b->kl_mean, a->max_kl);
+    if (!rc && a->min_top1 >= 0 && !(b->top1 >= a->min_top1))
+        rc = verify_add(r, FINDING_BEHAVIOUR, "top-1 agreement", "is %.4f, expected at least %g (--min-top1)", b->top1,
+                        a->min_top1);
+    if (!rc && a->max_perplexity_ratio >= 0 && !(ratio <= a->max_perplexity_ratio))
+        rc = verify_add(r, FINDING_BEHAVIOUR, "perplexity", "is %.4f of the original's, expected at most %g "
+                        "(--max-ppl-ratio)", ratio, a->max_perplexity_ratio);
+    if (!rc && !(b->kl_mean >= -1e-3))
+        rc = verify_add(r, FINDING_BEHAVIOUR, "KL", "is %.4g: the models' outputs are not finite", b->kl_mean);
+    return rc;
+}
+
+static void describe_blocks(const struct behaviour *b, struct text *out)
+{
+    const int64_t shown = 8;
+    text_add(out, "error after  ");
+    for (int64_t i = 0; i < shown && i < b->n_layers; i++) {
+        const int64_t layer = b->n_layers <= shown ? i : i * (b->n_layers - 1) / (shown - 1);
+        text_printf(out, "%sblock %lld: %.3f", i ? ", " : "", (long long)layer, b->block_error[layer]);
+    }
+    text_add(out, " of the residual stream\n");
+}
+
+static void describe_run(const struct args *a, const struct run_report *run, struct text *out)
+{
+    const struct behaviour *b = &run->behaviour;
+    text_printf(out, "\ntext         %s: %zu windows of %lld tokens\n", a->text ? a->text : "built-in prose",
+                b->original.n_windows, (long long)a->length);
+    text_printf(out, "perplexity   original %.3f, cut %.3f (× %.4f)\n", b->original.perplexity, b->cut.perplexity,
+                b->cut.perplexity / b->original.perplexity);
+    text_printf(out, "KL           mean %.4f (95 %%: %.4f … %.4f), median %.4f, p99 %.3f nats\n", b->kl_mean, b->kl_low,
+                b->kl_high, b->kl_median, b->kl_p99);
+    text_printf(out, "top-1        %.1f %% agreement\n", 100 * b->top1);
+    describe_blocks(b, out);
+    text_printf(out, "\nprompt       %s\noriginal     %s\ncut          %s\n", a->prompt, run->original, run->cut);
+}
+
+static void put_likelihood(struct text *out, const char *key, const struct likelihood *l)
+{
+    json_put_key(out, key);
+    json_begin_object(out);
+    json_kv_double(out, "perplexity", l->perplexity);
+    json_kv_double(out, "perplexity_low", l->perplexity_low);
+    json_kv_double(out, "perplexity_high", l->perplexity_high);
+    json_kv_double(out, "nll", l->nll);
+    json_end_object(out);
+}
+
+static void run_json(const struct args *a, const struct run_report *run, struct text *out)
+{
+    const struct behaviour *b = &run->behaviour;
+    json_put_key(out, "behaviour");
+    json_begin_object(out);
+    json_kv_string(out, "text", a->text);
+    json_kv_uint(out, "windows", b->original.n_windows);
+    json_kv_int(out, "length", a->length);
+    json_kv_uint(out, "tokens", b->original.n_tokens);
+    put_likelihood(out, "original", &b->original);
+    put_likelihood(out, "cut", &b->cut);
+    json_kv_double(out, "kl_mean", b->kl_mean);
+    json_kv_double(out, "kl_low", b->kl_low);
+    json_kv_double(out, "kl_high", b->kl_high);
+    json_kv_double(out, "kl_median", b->kl_median);
+    json_kv_double(out, "kl_p99", b->kl_p99);
+    json_kv_double(out, "top1", b->top1);
+    json_put_key(out, "block_error");
+    json_begin_array(out);
+    for (int64_t i = 0; i < b->n_layers; i++)
+        json_put_double(out, b->block_error[i]);
+    json_end_array(out);
+    json_kv_string(out, "prompt", a->prompt);
+    json_kv_string(out, "continuation_original", run->original);
+    json_kv_string(out, "continuation_cut", run->cut);
+    json_end_object(out);
+}
+
+/* --- command -------------------------------------------------------------------------------------------------- */
 
 static const struct opt_arg positional[] = {
     {.name = "CUT", .offset = OPT_OFFSET(struct args, cut, const char *), .help = "the quantized model's folder"},
@@ -168,7 +311,28 @@ static const struct opt_arg positional[] = {
 
 static const struct opt options[] = {
     {.name = "against", OPT_TO_STRING(struct args, against), .value = "MODEL",
-     .help = "the original: compares weights, and every tensor that was not quantized bit for bit"},
+     .help = "the original: compares weights, every tensor that was not quantized bit for bit, and the models' "
+             "behaviour on text"},
+    {OPT_SECTION("Running both models")},
+    {.name = "no-run", OPT_TO_FLAG(struct args, no_run), .help = "compare files only"},
+    {.name = "text", OPT_TO_STRING(struct args, text), .value = "FILE", .initial_note = "English prose that ships with gemcut",
+     .help = "UTF-8 text to run on"},
+    {.name = "windows", OPT_TO_INT(struct args, windows), .value = "N", .initial = "8", .min = 0, .max = 1000000,
+     .help = "pieces of text, each run by itself; 0 = all there are"},
+    {.name = "length", OPT_TO_INT(struct args, length), .value = "N", .initial = "512", .min = 2, .max = 1000000,
+     .help = "tokens of a window, <bos> included"},
+    {.name = "prompt", OPT_TO_STRING(struct args, prompt), .value = "TEXT", .initial = "The capital of France is",
+     .help = "what both models continue"},
+    {.name = "tokens", OPT_TO_INT(struct args, tokens), .value = "N", .initial = "24", .min = 1, .max = 100000,
+     .help = "tokens that they continue it by"},
+    {OPT_SECTION("Thresholds; missing one is exit code 1")},
+    {.name = "max-kl", OPT_TO_DOUBLE(struct args, max_kl), .value = "X", .initial_note = "none", .low = 0,
+     .high = INFINITY, .help = "mean KL divergence from the original, nats a token"},
+    {.name = "min-top1", OPT_TO_DOUBLE(struct args, min_top1), .value = "X", .initial_note = "none", .low = 0, .high = 1,
+     .help = "share of tokens on whose successor both models agree"},
+    {.name = "max-ppl-ratio", OPT_TO_DOUBLE(struct args, max_perplexity_ratio), .value = "X", .initial_note = "none",
+     .low = 0, .high = INFINITY, .help = "perplexity, as a multiple of the original's"},
+    {OPT_SECTION("Machine")},
     {.name = "device", OPT_TO_STRING(struct args, device), .value = "DEVICE", .initial = "auto",
      .help = "auto or cpu"},
     {.name = "threads", OPT_TO_INT(struct args, threads), .value = "N", .min = 0, .max = 1024, .initial = "0",
@@ -180,35 +344,61 @@ static const struct opt_spec spec = {
     .command = "gemcut verify",
     .summary = "Checks that a cut is what it says it is. Structure: every tensor that the model demands is there, as "
                "config.json describes it. Bytes: scales are usable, everything is as gemcut.json recorded it, what "
-               "was not quantized is bit-equal to the original. Weights: the relative error of every linear.\n"
+               "was not quantized is bit-equal to the original. Weights: the relative error of every linear. "
+               "Behaviour: both models run on text, their perplexity, divergence and agreement.\n"
                "Exit code 1 when anything is wrong.",
     .args = positional, .n_args = 1, .opts = options, .n_opts = sizeof options / sizeof *options,
 };
 
-int cmd_verify(int argc, char **argv)
+static int print_report(const struct args *a, const struct verify_report *r, const struct run_report *run)
 {
-    struct args args = {0};
-    int rc = cmd_begin(&spec, argc, argv, &args, &args.output);
-    if (rc)
-        return rc;
-    const struct verify_options verify = {
-        .cut = args.cut, .source = args.against, .device = args.device, .n_workers = (int)args.threads};
-    struct verify_report report;
     struct text out = {0};
-    rc = verify_run(&report, &verify);
-    if (!rc && output_json()) {
-        output_json_begin(&out, args.device, NULL);
-        rc = describe_json(&report, &out);
+    int rc;
+    if (output_json()) {
+        output_json_begin(&out, a->device, NULL);
+        rc = describe_json(r, &out);
+        if (run->ran)
+            run_json(a, run, &out);
         if (!rc)
             rc = output_json_end(&out);
-    } else if (!rc) {
-        rc = describe(&report, &out);
+    } else {
+        rc = describe(r, &out);
+        if (run->ran)
+            describe_run(a, run, &out);
+        describe_result(r, &out);
         if (!rc)
             rc = output_print(&out);
     }
+    text_free(&out);
+    return rc;
+}
+
+int cmd_verify(int argc, char **argv)
+{
+    struct args a = {.max_kl = -1, .min_top1 = -1, .max_perplexity_ratio = -1};
+    int rc = cmd_begin(&spec, argc, argv, &a, &a.output);
+    if (rc)
+        return rc;
+    const bool gated = a.max_kl >= 0 || a.min_top1 >= 0 || a.max_perplexity_ratio >= 0;
+    if (gated && (!a.against || a.no_run))
+        return err_set(ERR_USAGE, "thresholds need --against, and no --no-run");
+    const struct verify_options verify = {
+        .cut = a.cut, .source = a.against, .device = a.device, .n_workers = (int)a.threads};
+    struct verify_report report;
+    struct run_report run = {0};
+    rc = verify_run(&report, &verify);
+    /* a cut whose structure is broken cannot run; what is wrong with it is the report */
+    if (!rc && a.against && !a.no_run && !count_findings(&report, FINDING_STRUCTURE))
+        rc = run_models(&a, &report, &run);
+    if (!rc && run.ran)
+        rc = check_gates(&a, &run, &report);
+    if (!rc)
+        rc = print_report(&a, &report, &run);
     if (!rc && report.n_findings)
         rc = CMD_NO;
-    text_free(&out);
+    behaviour_free(&run.behaviour);
+    free(run.original);
+    free(run.cut);
     verify_free(&report);
     return rc;
 }

@@ -100,41 +100,50 @@ static const char *skip_string(const char *s)
     return s + 1;
 }
 
-static bool is_dtype_key(const char *quote, const char *end)
+static bool is_key(const char *quote, const char *end, const char *key)
 {
-    const size_t n = (size_t)(end - quote);
-    return (n == 7 && !memcmp(quote, "\"dtype\"", 7)) || (n == 13 && !memcmp(quote, "\"torch_dtype\"", 13));
+    const size_t n = strlen(key);
+    return (size_t)(end - quote) == n + 2 && !memcmp(quote + 1, key, n);
 }
 
 int hf_config_splice(const struct hf_config *cfg, const char *json, struct text *out)
 {
-    const char *s = cfg->text + strspn(cfg->text, " \t\r\n"), *run = cfg->text;
+    static const char member[] = "quantization_config";
+    /* A null one gets the value where it stands: as a second member it would win over ours in readers. */
+    bool placed = !json_member(cfg->root, member).node;
+    const char *run = cfg->text, *s = run + strspn(run, " \t\r\n");
     CHECK(*s == '{');
     s++;
-    text_append(out, run, (size_t)(s - run));
-    text_add(out, "\n  \"quantization_config\": ");
-    text_add(out, json);
-    run = s;
-    const char *rest = s + strspn(s, " \t\r\n");
-    if (*rest != '}')
-        text_add(out, ",");
-    while (*s) {
+    if (placed) {
+        text_append(out, run, (size_t)(s - run));
+        text_printf(out, "\n  \"%s\": %s%s", member, json, s[strspn(s, " \t\r\n")] == '}' ? "" : ",");
+        run = s;
+    }
+    for (int depth = 1; *s;) {
         if (*s != '"') {
+            depth += (*s == '{' || *s == '[') - (*s == '}' || *s == ']');
             s++;
             continue;
         }
-        const char *end = skip_string(s), *value = end + strspn(end, " \t\r\n");
+        const char *end = skip_string(s), *value = end + strspn(end, " \t\r\n"), *replacement = NULL, *after = NULL;
         const bool key = *value == ':';
         if (key)
             value += 1 + strspn(value + 1, " \t\r\n");
-        if (key && is_dtype_key(s, end) && *value == '"') {
-            text_append(out, run, (size_t)(value - run));
-            text_add(out, "\"bfloat16\"");
-            run = s = skip_string(value);
-        } else {
-            s = end;
+        if (key && *value == '"' && (is_key(s, end, "dtype") || is_key(s, end, "torch_dtype"))) {
+            replacement = "\"bfloat16\"";
+            after = skip_string(value);
+        } else if (key && depth == 1 && is_key(s, end, member) && !strncmp(value, "null", 4)) {
+            replacement = json;
+            after = value + 4;
+            placed = true;
         }
+        if (replacement) {
+            text_append(out, run, (size_t)(value - run));
+            text_add(out, replacement);
+            run = after;
+        }
+        s = replacement ? after : end;
     }
     text_append(out, run, (size_t)(s - run));
-    return text_finish(out);
+    return placed ? text_finish(out) : err_set(ERR_FORMAT, "%s: has a '%s' already", cfg->path, member);
 }

@@ -154,9 +154,11 @@ static int read_scheme(struct json group, struct quant_scheme *s, bool *act_orde
         return json_error(weights, "has strategy '%s', expected group or channel", strategy);
     if (json_exists(json_member(group, "input_activations")))
         return json_error(group, "quantizes activations, expected weights only");
-    s->bits = (int)bits;
-    if (!strcmp(strategy, "channel") || s->group == -1)
+    if (!strcmp(strategy, "channel"))
         s->group = 0;
+    else if (s->group < 1)
+        return json_error(weights, "has strategy 'group' without a group_size of at least 1");
+    s->bits = (int)bits;
     return 0;
 }
 

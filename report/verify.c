@@ -12,14 +12,14 @@
 #include <string.h>
 
 const char *const finding_kind_names[] = {
-    [FINDING_STRUCTURE] = "structure", [FINDING_BYTES] = "bytes", [FINDING_WEIGHTS] = "weights"};
+    [FINDING_STRUCTURE] = "structure", [FINDING_BYTES] = "bytes", [FINDING_WEIGHTS] = "weights",
+    [FINDING_BEHAVIOUR] = "behaviour"};
 
 /* Round-to-nearest in 4 bits leaves about 0.12 of a Gemma's weights, 8 bits 0.007: beyond this, the codes do not
  * describe this source. */
 static const double implausible_error = 0.5;
 
-__attribute__((format(printf, 4, 5))) static int add_finding(struct verify_report *r, enum finding_kind kind,
-                                                             const char *object, const char *fmt, ...)
+int verify_add(struct verify_report *r, enum finding_kind kind, const char *object, const char *fmt, ...)
 {
     int rc = mem_grow(&r->findings, &r->findings_capacity, r->n_findings + 1, sizeof *r->findings, "findings");
     if (rc < 0)
@@ -36,7 +36,7 @@ __attribute__((format(printf, 4, 5))) static int add_finding(struct verify_repor
 
 static int on_problem(void *ctx, const char *object, const char *message)
 {
-    return add_finding(ctx, FINDING_STRUCTURE, object, "%s", message);
+    return verify_add(ctx, FINDING_STRUCTURE, object, "%s", message);
 }
 
 /* --- structure ------------------------------------------------------------------------------------------------ */
@@ -52,7 +52,7 @@ static int check_shapes(struct verify_report *r)
             continue;
         rc = checkpoint_read(&r->cut.checkpoint, l->shape, 0, sizeof shape, shape);
         if (!rc && (shape[0] != l->spec->shape[0] || shape[1] != l->spec->shape[1]))
-            rc = add_finding(r, FINDING_STRUCTURE, l->shape->name, "is %lld × %lld, expected %lld × %lld",
+            rc = verify_add(r, FINDING_STRUCTURE, l->shape->name, "is %lld × %lld, expected %lld × %lld",
                              (long long)shape[0], (long long)shape[1], (long long)l->spec->shape[0],
                              (long long)l->spec->shape[1]);
     }
@@ -78,12 +78,12 @@ static int check_same_model(struct verify_report *r, bool *same)
     int rc = 0;
     *same = a->family == b->family;
     if (!*same)
-        rc = add_finding(r, FINDING_STRUCTURE, "config.json", "is %s, the source is %s", a->family->title,
+        rc = verify_add(r, FINDING_STRUCTURE, "config.json", "is %s, the source is %s", a->family->title,
                          b->family->title);
     for (size_t i = 0; !rc && i < sizeof settings / sizeof *settings; i++)
         if (settings[i].cut != settings[i].source) {
             *same = false;
-            rc = add_finding(r, FINDING_STRUCTURE, settings[i].name, "is %lld, the source has %lld",
+            rc = verify_add(r, FINDING_STRUCTURE, settings[i].name, "is %lld, the source has %lld",
                              (long long)settings[i].cut, (long long)settings[i].source);
         }
     return rc;
@@ -98,16 +98,16 @@ static int check_recorded_tensors(struct verify_report *r, const struct record *
     for (size_t i = 0; !rc && i < ck->n_tensors; i++) {
         const struct hash128 *recorded = record_find(&record->tensors, ck->tensors[i].name);
         if (!recorded)
-            rc = add_finding(r, FINDING_BYTES, ck->tensors[i].name, "is not in %s", RECORD_NAME);
+            rc = verify_add(r, FINDING_BYTES, ck->tensors[i].name, "is not in %s", RECORD_NAME);
         else if (!hash_equal(*recorded, hashes[i]))
-            rc = add_finding(r, FINDING_BYTES, ck->tensors[i].name, "differs from what was written (hash in %s)",
+            rc = verify_add(r, FINDING_BYTES, ck->tensors[i].name, "differs from what was written (hash in %s)",
                              RECORD_NAME);
         else
             r->n_recorded_equal++;
     }
     for (size_t i = 0; !rc && i < record->tensors.n; i++)
         if (!checkpoint_tensor(ck, record->tensors.entries[i].name))
-            rc = add_finding(r, FINDING_BYTES, record->tensors.entries[i].name, "was written, but is missing");
+            rc = verify_add(r, FINDING_BYTES, record->tensors.entries[i].name, "was written, but is missing");
     return rc;
 }
 
@@ -123,9 +123,9 @@ static int check_recorded_files(struct verify_report *r, const struct record *re
         if (!path)
             return ERR_MEMORY;
         if (!file_exists(path))
-            rc = add_finding(r, FINDING_BYTES, e->name, "was written, but is missing");
+            rc = verify_add(r, FINDING_BYTES, e->name, "was written, but is missing");
         else if ((rc = record_hash_file(path, &hash)) == 0 && !hash_equal(hash, e->hash))
-            rc = add_finding(r, FINDING_BYTES, e->name, "differs from what was written (hash in %s)", RECORD_NAME);
+            rc = verify_add(r, FINDING_BYTES, e->name, "differs from what was written (hash in %s)", RECORD_NAME);
         else if (!rc)
             r->n_files_equal++;
         free(path);
@@ -144,7 +144,7 @@ static int check_recorded_sources(struct verify_report *r, const struct record *
             return ERR_MEMORY;
         const struct hash128 *recorded = record_find(&record->sources, module);
         if (recorded && w && !hash_equal(*recorded, hashes[w - r->source.checkpoint.tensors]))
-            rc = add_finding(r, FINDING_BYTES, w->name, "of the source is not the weight that was quantized");
+            rc = verify_add(r, FINDING_BYTES, w->name, "of the source is not the weight that was quantized");
         free(module);
     }
     return rc;
@@ -173,12 +173,12 @@ static int check_against_source(struct verify_report *r, const struct hash128 *c
         char a[TENSOR_TEXT_BYTES], b[TENSOR_TEXT_BYTES];
         r->n_unquantized++;
         if (!have)
-            rc = add_finding(r, FINDING_BYTES, want->name, "is in the source, but missing here");
+            rc = verify_add(r, FINDING_BYTES, want->name, "is in the source, but missing here");
         else if (strcmp(tensor_text(have->dtype, have->n_dims, have->shape, a),
                         tensor_text(want->dtype, want->n_dims, want->shape, b)))
-            rc = add_finding(r, FINDING_BYTES, want->name, "is %s, the source has %s", a, b);
+            rc = verify_add(r, FINDING_BYTES, want->name, "is %s, the source has %s", a, b);
         else if (!hash_equal(cut_hashes[have - cut->tensors], source_hashes[i]))
-            rc = add_finding(r, FINDING_BYTES, want->name, "is not quantized, yet differs from the source");
+            rc = verify_add(r, FINDING_BYTES, want->name, "is not quantized, yet differs from the source");
         else
             r->n_source_equal++;
     }
@@ -194,10 +194,10 @@ static int check_tokenizer(struct verify_report *r)
     int rc = ours && theirs ? 0 : ERR_MEMORY;
     struct hash128 a, b;
     if (!rc && file_exists(theirs) && !file_exists(ours))
-        rc = add_finding(r, FINDING_BYTES, name, "is in the source, but missing here");
+        rc = verify_add(r, FINDING_BYTES, name, "is in the source, but missing here");
     else if (!rc && file_exists(theirs) && !(rc = record_hash_file(ours, &a)) && !(rc = record_hash_file(theirs, &b)) &&
              !hash_equal(a, b))
-        rc = add_finding(r, FINDING_BYTES, name, "differs from the source's");
+        rc = verify_add(r, FINDING_BYTES, name, "differs from the source's");
     free(ours);
     free(theirs);
     return rc;
@@ -246,12 +246,12 @@ static int check_weights(struct verify_report *r, struct parallel *pool, const c
         r->n_quantized++;
         sum += w->error;
         if (w->bad_scales)
-            rc = add_finding(r, FINDING_BYTES, w->linear->scales->name,
+            rc = verify_add(r, FINDING_BYTES, w->linear->scales->name,
                              "has %lld unusable scales (zero, subnormal, infinite or NaN), the first at row %lld, "
                              "group %lld", (long long)w->bad_scales, (long long)(w->first_bad / groups),
                              (long long)(w->first_bad % groups));
         else if (same_model && !(w->error <= implausible_error))
-            rc = add_finding(r, FINDING_WEIGHTS, w->linear->packed->name,
+            rc = verify_add(r, FINDING_WEIGHTS, w->linear->packed->name,
                              "is not a quantization of the source: relative error %.3g, expected at most %.1f",
                              w->error, implausible_error);
     }
@@ -272,7 +272,7 @@ static int open_models(struct verify_report *r, const struct verify_options *o, 
     if (!rc)
         rc = model_bind(&r->cut, on_problem, r);
     if (!rc && !r->cut.quantized)
-        rc = add_finding(r, FINDING_STRUCTURE, "config.json", "has no quantization_config: this model is not quantized");
+        rc = verify_add(r, FINDING_STRUCTURE, "config.json", "has no quantization_config: this model is not quantized");
     if (!rc)
         rc = check_shapes(r);
     *same_model = false;

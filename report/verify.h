@@ -8,7 +8,7 @@
 
 #include <stdbool.h>
 
-enum finding_kind { FINDING_STRUCTURE, FINDING_BYTES, FINDING_WEIGHTS };
+enum finding_kind { FINDING_STRUCTURE, FINDING_BYTES, FINDING_WEIGHTS, FINDING_BEHAVIOUR };
 extern const char *const finding_kind_names[];
 
 struct finding {
@@ -39,6 +39,10 @@ struct verify_options {
  * that it could not look. Release with verify_free in either case. */
 int verify_run(struct verify_report *out, const struct verify_options *options);
 void verify_free(struct verify_report *r);
+
+/* Adds what was found otherwise. */
+int verify_add(struct verify_report *r, enum finding_kind kind, const char *object, const char *fmt, ...)
+    __attribute__((format(printf, 4, 5)));
 
 /* Signal-to-quantization-noise ratio in dB for a relative error. */
 double verify_sqnr(double error);

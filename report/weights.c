@@ -105,7 +105,7 @@ static int compare_task(void *ctx, size_t index, int worker)
         return 0;
     out->linear = l;
     struct backend b;
-    int rc = backend_open(&b, job->device);
+    int rc = backend_open(&b, job->device, 1);
     if (rc < 0)
         return rc;
     uint16_t *scales;

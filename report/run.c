@@ -1,0 +1,95 @@
+#include "report/run.h"
+
+#include "base/err.h"
+#include "base/file.h"
+#include "calib/builtin.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static const size_t max_text_bytes = 1u << 30;
+
+int runnable_open(struct runnable *r, const struct model *m, const struct backend *b)
+{
+    *r = (struct runnable){.model = m};
+    char *path = file_join(m->folder, "tokenizer.json");
+    int rc = path ? tokenizer_open(&r->tokenizer, path) : ERR_MEMORY;
+    free(path);
+    if (!rc)
+        rc = weights_load(&r->weights, m, b);
+    if (rc < 0)
+        runnable_close(r);
+    return rc;
+}
+
+void runnable_close(struct runnable *r)
+{
+    if (r->tokenizer)
+        tokenizer_close(r->tokenizer);
+    if (r->weights.backend)
+        weights_free(&r->weights);
+    *r = (struct runnable){0};
+}
+
+int run_windows_of(struct windows *out, const struct runnable *r, const char *path, int64_t length, int64_t n)
+{
+    const int64_t vocab = r->model->gemma.vocab_size;
+    *out = (struct windows){0};
+    if (length > r->model->gemma.max_positions)
+        return err_set(ERR_USAGE, "windows of %lld tokens are longer than the model's context of %lld",
+                       (long long)length, (long long)r->model->gemma.max_positions);
+    size_t len;
+    if (!path) {
+        const char *text = builtin_prose(&len);
+        return windows_make(out, r->tokenizer, text, len, length, (size_t)n, vocab, "the built-in text");
+    }
+    char *text;
+    int rc = file_read(path, max_text_bytes, &text, &len);
+    if (!rc)
+        rc = windows_make(out, r->tokenizer, text, len, length, (size_t)n, vocab, path);
+    free(text);
+    return rc;
+}
+
+struct continuation {
+    struct token_stream stream;
+    struct text text;
+};
+
+static int on_token(void *ctx, int32_t id, float log_probability)
+{
+    (void)log_probability;
+    struct continuation *c = ctx;
+    return token_stream_add(&c->stream, id, &c->text);
+}
+
+int run_continuation(char **out, const struct runnable *r, const char *prompt, int64_t n)
+{
+    *out = NULL;
+    const struct sampling greedy = {.top_p = 1};
+    struct continuation c = {0};
+    struct token_list ids = {0};
+    struct forward *f = NULL;
+    struct stop_ids stop;
+    struct generate_result result;
+    token_stream_init(&c.stream, r->tokenizer, true);
+    int rc = tokenizer_encode(r->tokenizer, prompt, strlen(prompt), true, &ids);
+    if (!rc)
+        rc = generate_stop_ids(&stop, r->model);
+    if (!rc)
+        rc = forward_open(&f, &r->weights, (int64_t)ids.n + n, 512 < (int64_t)ids.n + n ? 512 : (int64_t)ids.n + n);
+    if (!rc)
+        rc = generate_run(f, &r->weights, ids.ids, (int64_t)ids.n, n, &greedy, &stop, on_token, &c, &result);
+    if (!rc)
+        rc = token_stream_finish(&c.stream, &c.text);
+    if (!rc)
+        rc = text_finish(&c.text);
+    if (!rc)
+        *out = c.text.data;
+    else
+        text_free(&c.text);
+    forward_close(f);
+    token_stream_free(&c.stream);
+    token_list_free(&ids);
+    return rc;
+}
