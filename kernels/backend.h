@@ -98,10 +98,11 @@ struct core_ops {
     /* out [n, rows(w)] = x [n, cols(w)] · wᵀ */
     int (*gemm)(const struct backend *b, const struct mat *x, const struct mat *w, const struct mat *out);
     int (*q_gemm)(const struct backend *b, const struct mat *x, const struct qmat *w, const struct mat *out);
-    /* Rotates in place every head of x [n, heads·head_dim]: dimension i with i + head_dim/2, by the angle
-     * position·inv_freq[i]. Row r is at first_position + r. */
-    int (*rope)(const struct backend *b, const struct mat *x, int head_dim, const float *inv_freq,
-                int64_t first_position);
+    /* table [n, 2·half]: cosines, then sines, of position·inv_freq[i] (host, [half]); row r is at first_position + r */
+    int (*rope_table)(const struct backend *b, const float *inv_freq, int64_t first_position,
+                      const struct mat *table);
+    /* Rotates in place every head of x [n, heads·head_dim]: dimension i with i + head_dim/2, by the table's row. */
+    int (*rope)(const struct backend *b, const struct mat *x, int head_dim, const struct mat *table);
     /* out [n, heads·head_dim]; keys, values [positions, kv_heads·head_dim] */
     int (*attention)(const struct backend *b, const struct attention_spec *spec, const struct mat *q,
                      const struct mat *keys, const struct mat *values, const struct mat *out);

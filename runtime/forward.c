@@ -13,6 +13,7 @@ struct forward {
     int64_t max_positions, max_rows, position;
     struct buf memory;
     struct mat x, normed, q, attention, gate, up, branch; /* [max_rows, …] */
+    struct mat rope[2]; /* [max_rows, head_dim] of global and sliding layers */
     struct mat *keys, *values;                                 /* [n_layers] of [max_positions, kv] */
     forward_observer observer;
     void *observer_ctx;
@@ -42,6 +43,8 @@ static uint64_t plan(const struct weights *w, int64_t max_positions, int64_t max
     p->attention = take(base, &at, max_rows, heads);
     p->gate = take(base, &at, max_rows, c->intermediate_size);
     p->up = take(base, &at, max_rows, c->intermediate_size);
+    p->rope[0] = take(base, &at, max_rows, c->head_dim);
+    p->rope[1] = take(base, &at, max_rows, c->head_dim);
     for (int64_t i = 0; i < c->n_layers; i++) {
         const struct mat keys = take(base, &at, max_positions, kv), values = take(base, &at, max_positions, kv);
         if (f) {
@@ -148,9 +151,9 @@ static int attention_branch(struct forward *f, int layer, int64_t n, const struc
     if (!rc)
         rc = b->core->rms_norm(b, &k_heads, &k->k_norm, norm, NULL, &k_heads);
     if (!rc)
-        rc = b->core->rope(b, &q, k->head_dim, k->inv_freq, f->position);
+        rc = b->core->rope(b, &q, k->head_dim, &f->rope[k->rope]);
     if (!rc)
-        rc = b->core->rope(b, &keys, k->head_dim, k->inv_freq, f->position);
+        rc = b->core->rope(b, &keys, k->head_dim, &f->rope[k->rope]);
     if (!rc)
         rc = b->core->attention(b, &spec, &q, &f->keys[layer], &f->values[layer], &attention);
     if (!rc)
@@ -188,6 +191,10 @@ int forward_run(struct forward *f, const int32_t *ids, int64_t n, struct mat *hi
     const struct norm_spec norm = {.eps = (float)c->rms_norm_eps, .unit_offset = true};
     /* the scale is √hidden itself here; BF16 runtimes round it to BF16 */
     int rc = b->core->embed(b, &f->w->embedding, ids, sqrtf((float)c->hidden_size), &x);
+    for (int i = 0; !rc && i < 2; i++) {
+        const struct mat table = rows_of(&f->rope[i], 0, n);
+        rc = b->core->rope_table(b, f->w->inv_freq[i], f->position, &table);
+    }
     for (int layer = 0; !rc && layer < c->n_layers; layer++) {
         rc = attention_branch(f, layer, n, &norm);
         if (!rc)

@@ -133,7 +133,7 @@ static void describe_blocks(struct weights *w)
         w->blocks[i] = (struct block){.n_heads = (int)c->n_heads, .n_kv_heads = (int)c->n_kv_heads,
                                       .head_dim = (int)c->head_dim, .window = sliding ? c->sliding_window : 0,
                                       .score_scale = (float)(1 / sqrt(c->query_pre_attn_scalar)),
-                                      .inv_freq = w->inv_freq[sliding]};
+                                      .rope = sliding};
     }
 }
 

@@ -19,7 +19,7 @@ struct block {
     int n_heads, n_kv_heads, head_dim;
     int64_t window;        /* keys a query sees; 0 = all */
     float score_scale;
-    const float *inv_freq; /* [head_dim / 2], on the host */
+    int rope; /* which of weights.inv_freq it turns by */
     struct linear q, k, v, o, gate, up, down;
     struct mat input_norm, q_norm, k_norm, post_attention_norm, pre_mlp_norm, post_mlp_norm; /* [1, n] */
 };
@@ -30,7 +30,7 @@ struct weights {
     struct mat embedding;       /* [vocab, hidden]; the output head too */
     struct mat final_norm;
     struct block *blocks; /* [n_layers] */
-    float *inv_freq[2];   /* global, sliding */
+    float *inv_freq[2];         /* [head_dim / 2] of global and of sliding layers, on the host */
     struct buf *bufs;     /* what was acquired */
     size_t n_bufs, capacity;
     uint64_t bytes;       /* of all of them */

@@ -69,6 +69,7 @@ const struct core_ops cpu_core_ops = {
     .rms_norm = cpu_rms_norm,
     .gemm = cpu_gemm,
     .q_gemm = cpu_q_gemm,
+    .rope_table = cpu_rope_table,
     .rope = cpu_rope,
     .attention = cpu_attention,
     .geglu = cpu_geglu,

@@ -41,8 +41,8 @@ int cpu_embed(const struct backend *b, const struct mat *table, const int32_t *i
               const struct mat *out);
 int cpu_rms_norm(const struct backend *b, const struct mat *x, const struct mat *w, const struct norm_spec *spec,
                  const struct mat *residual, const struct mat *out);
-int cpu_rope(const struct backend *b, const struct mat *x, int head_dim, const float *inv_freq,
-             int64_t first_position);
+int cpu_rope_table(const struct backend *b, const float *inv_freq, int64_t first_position, const struct mat *table);
+int cpu_rope(const struct backend *b, const struct mat *x, int head_dim, const struct mat *table);
 int cpu_geglu(const struct backend *b, const struct mat *gate, const struct mat *up, const struct mat *out);
 int cpu_softcap(const struct backend *b, const struct mat *x, float cap);
 int cpu_gemm(const struct backend *b, const struct mat *x, const struct mat *w, const struct mat *out);

@@ -6,7 +6,7 @@
 
 #include <math.h>
 
-enum { RUN = 8 }; /* rows a task takes */
+enum { RUN = 32 }; /* rows a task takes */
 
 static size_t n_runs(int64_t rows)
 {
@@ -84,10 +84,14 @@ CPU_CLONES static void norm_row(const struct norm_job *j, int64_t row)
         const int64_t part = n - c < 256 ? n - c : 256;
         if (j->w)
             load_row(j->w, 0, c, part, w);
-        for (int64_t i = 0; i < part; i++) {
-            const float factor = j->w ? offset + w[i] : 1;
-            y[c + i] = (residual ? residual[c + i] : 0) + x[c + i] * scale * factor;
-        }
+        for (int64_t i = 0; i < part; i++)
+            w[i] = (j->w ? offset + w[i] : 1) * scale;
+        if (residual)
+            for (int64_t i = 0; i < part; i++)
+                y[c + i] = residual[c + i] + x[c + i] * w[i];
+        else
+            for (int64_t i = 0; i < part; i++)
+                y[c + i] = x[c + i] * w[i];
     }
 }
 
@@ -114,38 +118,58 @@ int cpu_rms_norm(const struct backend *b, const struct mat *x, const struct mat 
 /* --- rotary positions ------------------------------------------------------------------------------------------- */
 
 struct rope_job {
-    const struct mat *x;
-    const float *inv_freq; /* [head_dim / 2] */
-    int head_dim;
-    int64_t first_position;
+    const struct mat *x, *table;
+    const float *inv_freq; /* [half] */
+    int64_t half, first_position;
 };
+
+static int table_task(void *ctx, size_t run, int worker)
+{
+    (void)worker;
+    const struct rope_job *j = ctx;
+    for (int64_t r = (int64_t)run * RUN; r < run_end(run, j->table->rows); r++)
+        for (int64_t i = 0; i < j->half; i++) {
+            const float angle = (float)(j->first_position + r) * j->inv_freq[i];
+            row_of(j->table, r)[i] = cosf(angle);
+            row_of(j->table, r)[j->half + i] = sinf(angle);
+        }
+    return 0;
+}
+
+int cpu_rope_table(const struct backend *b, const float *inv_freq, int64_t first_position, const struct mat *table)
+{
+    check_f32(table);
+    CHECK(table->cols % 2 == 0);
+    struct rope_job j = {.table = table, .inv_freq = inv_freq, .half = table->cols / 2,
+                         .first_position = first_position};
+    return parallel_for(cpu_state(b)->pool, n_runs(table->rows), table_task, &j);
+}
+
+CPU_CLONES static void rotate_head(float *restrict x, const float *restrict table, int64_t half)
+{
+    for (int64_t i = 0; i < half; i++) {
+        const float u = x[i], v = x[half + i], c = table[i], s = table[half + i];
+        x[i] = u * c - v * s;
+        x[half + i] = v * c + u * s;
+    }
+}
 
 static int rope_task(void *ctx, size_t run, int worker)
 {
     (void)worker;
     const struct rope_job *j = ctx;
-    const int half = j->head_dim / 2;
-    for (int64_t r = (int64_t)run * RUN; r < run_end(run, j->x->rows); r++) {
-        float *x = row_of(j->x, r);
-        for (int i = 0; i < half; i++) {
-            const float angle = (float)(j->first_position + r) * j->inv_freq[i];
-            const float c = cosf(angle), s = sinf(angle);
-            for (int64_t head = 0; head < j->x->cols; head += j->head_dim) {
-                const float u = x[head + i], v = x[head + half + i];
-                x[head + i] = u * c - v * s;
-                x[head + half + i] = v * c + u * s;
-            }
-        }
-    }
+    for (int64_t r = (int64_t)run * RUN; r < run_end(run, j->x->rows); r++)
+        for (int64_t head = 0; head < j->x->cols; head += 2 * j->half)
+            rotate_head(row_of(j->x, r) + head, row_of(j->table, r), j->half);
     return 0;
 }
 
-int cpu_rope(const struct backend *b, const struct mat *x, int head_dim, const float *inv_freq,
-             int64_t first_position)
+int cpu_rope(const struct backend *b, const struct mat *x, int head_dim, const struct mat *table)
 {
     check_f32(x);
     CHECK(head_dim > 0 && head_dim % 2 == 0 && x->cols % head_dim == 0);
-    struct rope_job j = {x, inv_freq, head_dim, first_position};
+    CHECK(table->cols == head_dim && table->rows >= x->rows);
+    struct rope_job j = {.x = x, .table = table, .half = head_dim / 2};
     return parallel_for(cpu_state(b)->pool, n_runs(x->rows), rope_task, &j);
 }
 

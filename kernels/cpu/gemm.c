@@ -11,6 +11,8 @@ enum {
     FEW_ROWS = 4,      /* up to this many rows of x are multiplied by streaming w */
     STREAM_ROWS = 64,  /* rows of w that a task streams */
     MAX_PANEL = 256,   /* rows of w in a panel */
+    MANY_PANELS = 16,  /* with fewer of them, x is cut into runs of RUN rows too, so that every thread has work */
+    RUN = 256,
 };
 
 struct gemm_job {
@@ -18,7 +20,7 @@ struct gemm_job {
     const struct mat *x, *out;
     const struct mat *w;   /* one of the two */
     const struct qmat *q;
-    int64_t panel;
+    int64_t panel, n_panels, run; /* rows of w, and of x, in a task */
     const float *ordered; /* x in the order of stream_nibbles_v4, where that is used */
 };
 
@@ -38,8 +40,10 @@ CPU_CLONES static void widen_rows(const struct mat *w, int64_t row, int64_t n, f
 static int panel_task(void *ctx, size_t index, int worker)
 {
     const struct gemm_job *j = ctx;
-    const int64_t rows = j->out->cols, cols = j->x->cols, row = (int64_t)index * j->panel;
+    const int64_t rows = j->out->cols, cols = j->x->cols, row = (int64_t)index % j->n_panels * j->panel;
     const int64_t n = rows - row < j->panel ? rows - row : j->panel;
+    const int64_t from = (int64_t)index / j->n_panels * j->run;
+    const int64_t m = j->x->rows - from < j->run ? j->x->rows - from : j->run;
     float *panel = j->state->scratch[worker];
     const float *b = panel;
     int64_t stride = cols;
@@ -51,8 +55,9 @@ static int panel_task(void *ctx, size_t index, int worker)
     } else {
         widen_rows(j->w, row, n, panel);
     }
-    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (int)j->x->rows, (int)n, (int)cols, 1, j->x->data,
-                (int)j->x->stride, b, (int)stride, 0, (float *)j->out->data + row, (int)j->out->stride);
+    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (int)m, (int)n, (int)cols, 1,
+                (const float *)j->x->data + from * j->x->stride, (int)j->x->stride, b, (int)stride, 0,
+                (float *)j->out->data + from * j->out->stride + row, (int)j->out->stride);
     return 0;
 }
 
@@ -218,7 +223,10 @@ static int run(const struct backend *b, struct gemm_job *j)
         return 0;
     if (j->x->rows <= FEW_ROWS)
         return stream(j);
-    return parallel_for(j->state->pool, (size_t)((rows + j->panel - 1) / j->panel), panel_task, j);
+    j->n_panels = (rows + j->panel - 1) / j->panel;
+    j->run = j->n_panels < MANY_PANELS ? RUN : j->x->rows;
+    const int64_t n_runs = (j->x->rows + j->run - 1) / j->run;
+    return parallel_for(j->state->pool, (size_t)(j->n_panels * n_runs), panel_task, j);
 }
 
 int cpu_gemm(const struct backend *b, const struct mat *x, const struct mat *w, const struct mat *out)
