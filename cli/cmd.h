@@ -21,5 +21,7 @@ int cmd_begin(const struct opt_spec *spec, int argc, char **argv, void *args,
 int cmd_quantize(int argc, char **argv);
 int cmd_inspect(int argc, char **argv);
 int cmd_verify(int argc, char **argv);
+int cmd_eval(int argc, char **argv);
+int cmd_generate(int argc, char **argv);
 
 #endif

@@ -21,6 +21,8 @@ static const struct command commands[] = {
     {"quantize", cmd_quantize, "cut a BF16 checkpoint to 4-bit weights"},
     {"inspect", cmd_inspect, "show what a checkpoint holds"},
     {"verify", cmd_verify, "check that a cut is what it says, and how far it is from the original"},
+    {"eval", cmd_eval, "measure a model: perplexity"},
+    {"generate", cmd_generate, "run a model, BF16 or cut"},
     {"help", cmd_help, "explain a command"},
 };
 
