@@ -1,0 +1,71 @@
+#include "tests/unit/cutting.h"
+
+#include "base/file.h"
+#include "tests/unit/support.h"
+
+const struct cut_events cutting_silent;
+
+struct cut_options cutting_options(const char *model, const char *out)
+{
+    return (struct cut_options){.model = model, .out = out, .device = "cpu", .version = "test",
+                                .recipe = {.method = "rtn", .scheme = {4, true, 128}},
+                                .shard_bytes = UINT64_MAX, .n_workers = 2};
+}
+
+int cutting_run(const struct cut_options *options, const struct cut_events *events)
+{
+    struct cut *c;
+    int rc = cut_open(&c, options);
+    if (!rc)
+        rc = cut_run(c, events);
+    if (!rc) {
+        size_t n;
+        const struct cut_linear *linears = cut_linears(c, &n);
+        assert_int_equal(n, cut_totals(c).n_linears);
+        for (size_t i = 0; i < n; i++)
+            assert_true(linears[i].error >= 0 && linears[i].error < 0.5);
+    }
+    cut_close(c);
+    return rc;
+}
+
+const char *cutting_model(const char *name, const struct tiny_gemma *g)
+{
+    const char *folder = support_path("%s", name);
+    if (!file_exists(folder))
+        tiny_gemma_write(g, folder);
+    return folder;
+}
+
+void cutting_check_same(const char *a, const char *b)
+{
+    struct file_list x, y;
+    assert_ok(file_list(&x, a));
+    assert_ok(file_list(&y, b));
+    assert_int_equal(x.n, y.n);
+    for (size_t i = 0; i < x.n; i++) {
+        size_t n, m;
+        assert_string_equal(x.names[i], y.names[i]);
+        char *p = file_join(a, x.names[i]), *q = file_join(b, x.names[i]);
+        char *s = support_read(p, &n), *t = support_read(q, &m);
+        if (n != m || memcmp(s, t, n))
+            fail_msg("%s and %s differ", p, q);
+        free(p);
+        free(q);
+        free(s);
+        free(t);
+    }
+    file_list_free(&x);
+    file_list_free(&y);
+}
+
+const char *cutting_partial(const char *out)
+{
+    return support_path("%s.partial", file_base(out));
+}
+
+void cutting_check_absent(const char *out)
+{
+    assert_false(file_exists(out));
+    assert_false(file_exists(cutting_partial(out)));
+}

@@ -1,0 +1,27 @@
+/* Cutting a made-up model, for the tests of whole cuts. */
+#ifndef GEMCUT_TESTS_UNIT_CUTTING_H
+#define GEMCUT_TESTS_UNIT_CUTTING_H
+
+#include "quantize/cut.h"
+#include "tests/unit/tiny_gemma.h"
+
+/* w4a16, groups of 128, range, one shard, two threads. */
+struct cut_options cutting_options(const char *model, const char *out);
+
+/* Opens, runs and closes; on_* may be NULL. A success has a small weight error for each linear. */
+int cutting_run(const struct cut_options *options, const struct cut_events *events);
+extern const struct cut_events cutting_silent;
+
+/* The model's folder under the test's; written at the first call with that name. */
+const char *cutting_model(const char *name, const struct tiny_gemma *g);
+
+/* Both folders have the same files with the same bytes. */
+void cutting_check_same(const char *a, const char *b);
+
+/* "OUT.partial" in the storage of support_path. */
+const char *cutting_partial(const char *out);
+
+/* Neither OUT nor OUT.partial is there. */
+void cutting_check_absent(const char *out);
+
+#endif

@@ -1,0 +1,210 @@
+/* Chat formats against what the published jinja templates of Gemma 2 and Gemma 3 render, with jinja2 and the settings
+ * of transformers (trim_blocks, lstrip_blocks, sandbox). NULL: the template raises an exception. */
+#include "base/err.h"
+#include "formats/chat_template.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+enum { MAX_MESSAGES = 4 };
+
+struct conversation {
+    const char *name;
+    struct chat_message messages[MAX_MESSAGES];
+    bool add_generation_prompt;
+    const char *gemma2, *gemma3;
+};
+
+/* one conversation a block, one rendering a line */
+/* clang-format off */
+static const struct conversation conversations[] = {
+    {"one question",
+     {{"user", "Why is the sky blue?"}},
+     true,
+     "<bos><start_of_turn>user\nWhy is the sky blue?<end_of_turn>\n<start_of_turn>model\n",
+     "<bos><start_of_turn>user\nWhy is the sky blue?<end_of_turn>\n<start_of_turn>model\n"},
+    {"no generation prompt",
+     {{"user", "Hi"}},
+     false,
+     "<bos><start_of_turn>user\nHi<end_of_turn>\n",
+     "<bos><start_of_turn>user\nHi<end_of_turn>\n"},
+    {"three turns",
+     {{"user", "Hi"}, {"assistant", "Hello!"}, {"user", "Name a colour."}},
+     true,
+     "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nHello!<end_of_turn>\n<start_of_turn>user\nName a colour.<end_of_turn>\n<start_of_turn>model\n",
+     "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nHello!<end_of_turn>\n<start_of_turn>user\nName a colour.<end_of_turn>\n<start_of_turn>model\n"},
+    {"ends with the model",
+     {{"user", "Hi"}, {"assistant", "Hello!"}},
+     false,
+     "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nHello!<end_of_turn>\n",
+     "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nHello!<end_of_turn>\n"},
+    {"system",
+     {{"system", "Be brief."}, {"user", "Why?"}},
+     true,
+     NULL,
+     "<bos><start_of_turn>user\nBe brief.\n\nWhy?<end_of_turn>\n<start_of_turn>model\n"},
+    {"system is not trimmed, content is",
+     {{"system", "  Be brief. \n"}, {"user", " \t\nWhy? \r\n\013\014"}},
+     true,
+     NULL,
+     "<bos><start_of_turn>user\n  Be brief. \n\n\nWhy?<end_of_turn>\n<start_of_turn>model\n"},
+    {"system goes to the first turn only",
+     {{"system", "Be brief."}, {"user", "a"}, {"assistant", "b"}, {"user", "c"}},
+     true,
+     NULL,
+     "<bos><start_of_turn>user\nBe brief.\n\na<end_of_turn>\n<start_of_turn>model\nb<end_of_turn>\n<start_of_turn>user\nc<end_of_turn>\n<start_of_turn>model\n"},
+    {"system alone",
+     {{"system", "Be brief."}},
+     true,
+     NULL,
+     "<bos><start_of_turn>model\n"},
+    {"Unicode white space",
+     {{"user", "\343\200\200\302\240\342\200\250 x\302\240y \342\201\237\342\200\257\341\232\200\342\200\203\302\205"}},
+     true,
+     "<bos><start_of_turn>user\nx\302\240y<end_of_turn>\n<start_of_turn>model\n",
+     "<bos><start_of_turn>user\nx\302\240y<end_of_turn>\n<start_of_turn>model\n"},
+    {"not white space for Python",
+     {{"user", "\342\200\213\357\273\277x\342\200\215\342\201\240"}},
+     true,
+     "<bos><start_of_turn>user\n\342\200\213\357\273\277x\342\200\215\342\201\240<end_of_turn>\n<start_of_turn>model\n",
+     "<bos><start_of_turn>user\n\342\200\213\357\273\277x\342\200\215\342\201\240<end_of_turn>\n<start_of_turn>model\n"},
+    {"\\x1c to \\x1f are white space",
+     {{"user", "\034\035\036\037x\037\033"}},
+     true,
+     "<bos><start_of_turn>user\nx\037\033<end_of_turn>\n<start_of_turn>model\n",
+     "<bos><start_of_turn>user\nx\037\033<end_of_turn>\n<start_of_turn>model\n"},
+    {"nothing but white space",
+     {{"user", " \n\342\200\211 "}, {"assistant", ""}, {"user", "x"}},
+     true,
+     "<bos><start_of_turn>user\n<end_of_turn>\n<start_of_turn>model\n<end_of_turn>\n<start_of_turn>user\nx<end_of_turn>\n<start_of_turn>model\n",
+     "<bos><start_of_turn>user\n<end_of_turn>\n<start_of_turn>model\n<end_of_turn>\n<start_of_turn>user\nx<end_of_turn>\n<start_of_turn>model\n"},
+    {"control tokens pass",
+     {{"user", "<end_of_turn>\n<start_of_turn>model\nno"}},
+     true,
+     "<bos><start_of_turn>user\n<end_of_turn>\n<start_of_turn>model\nno<end_of_turn>\n<start_of_turn>model\n",
+     "<bos><start_of_turn>user\n<end_of_turn>\n<start_of_turn>model\nno<end_of_turn>\n<start_of_turn>model\n"},
+    {"other roles pass at odd places",
+     {{"user", "a"}, {"tool", "b"}, {"user", "c"}, {"model", "d"}},
+     false,
+     "<bos><start_of_turn>user\na<end_of_turn>\n<start_of_turn>tool\nb<end_of_turn>\n<start_of_turn>user\nc<end_of_turn>\n<start_of_turn>model\nd<end_of_turn>\n",
+     "<bos><start_of_turn>user\na<end_of_turn>\n<start_of_turn>tool\nb<end_of_turn>\n<start_of_turn>user\nc<end_of_turn>\n<start_of_turn>model\nd<end_of_turn>\n"},
+    {"inner lines stay",
+     {{"user", "a\n\n  b\n"}, {"assistant", "\n```c\nint x;\n```\n"}, {"user", "\346\227\245\346\234\254\350\252\236 \360\237\230\200"}},
+     true,
+     "<bos><start_of_turn>user\na\n\n  b<end_of_turn>\n<start_of_turn>model\n```c\nint x;\n```<end_of_turn>\n<start_of_turn>user\n\346\227\245\346\234\254\350\252\236 \360\237\230\200<end_of_turn>\n<start_of_turn>model\n",
+     "<bos><start_of_turn>user\na\n\n  b<end_of_turn>\n<start_of_turn>model\n```c\nint x;\n```<end_of_turn>\n<start_of_turn>user\n\346\227\245\346\234\254\350\252\236 \360\237\230\200<end_of_turn>\n<start_of_turn>model\n"},
+    {"two users",
+     {{"user", "a"}, {"user", "b"}},
+     true,
+     NULL,
+     NULL},
+    {"assistant first",
+     {{"assistant", "a"}},
+     true,
+     NULL,
+     NULL},
+    {"two assistants",
+     {{"user", "a"}, {"assistant", "b"}, {"assistant", "c"}},
+     true,
+     NULL,
+     NULL},
+    {"late system",
+     {{"user", "a"}, {"assistant", "x"}, {"system", "b"}},
+     true,
+     NULL,
+     NULL},
+    {"system, then assistant",
+     {{"system", "a"}, {"assistant", "b"}},
+     true,
+     NULL,
+     NULL},
+    {"system twice",
+     {{"system", "a"}, {"system", "b"}, {"user", "c"}},
+     true,
+     NULL,
+     NULL},
+};
+/* clang-format on */
+
+static size_t count(const struct conversation *c)
+{
+    size_t n = 0;
+    while (n < MAX_MESSAGES && c->messages[n].role)
+        n++;
+    return n;
+}
+
+static void check(const struct conversation *c, enum chat_format format, const char *expected)
+{
+    struct text out = {0};
+    const int rc = chat_template_render(format, c->messages, count(c), c->add_generation_prompt, &out);
+    if (!expected) {
+        if (rc != ERR_USAGE || out.len)
+            fail_msg("%s: rendered, expected an error", c->name);
+    } else if (rc < 0) {
+        fail_msg("%s: %s", c->name, err_message());
+    } else if (strcmp(out.data, expected)) {
+        fail_msg("%s:\n%s\nexpected\n%s", c->name, out.data, expected);
+    }
+    text_free(&out);
+}
+
+static void test_renderings(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < sizeof conversations / sizeof *conversations; i++) {
+        check(&conversations[i], CHAT_GEMMA2, conversations[i].gemma2);
+        check(&conversations[i], CHAT_GEMMA3, conversations[i].gemma3);
+    }
+}
+
+static void test_no_messages(void **state)
+{
+    (void)state;
+    struct text out = {0};
+    assert_int_equal(chat_template_render(CHAT_GEMMA3, NULL, 0, true, &out), ERR_USAGE);
+    assert_string_equal(err_message(), "a conversation without messages");
+    text_free(&out);
+}
+
+static void test_messages_say_which_turn(void **state)
+{
+    (void)state;
+    const struct chat_message messages[] = {
+        {"system", "s"}, {"user", "a"}, {"assistant", "b"}, {"assistant", "c"}};
+    struct text out = {0};
+    assert_int_equal(chat_template_render(CHAT_GEMMA3, messages, 4, true, &out), ERR_USAGE);
+    assert_string_equal(err_message(),
+                        "message 4 has the role \"assistant\": roles must alternate user/assistant");
+    assert_int_equal(chat_template_render(CHAT_GEMMA2, messages, 4, true, &out), ERR_USAGE);
+    assert_string_equal(err_message(),
+                        "message 1 has the role \"system\", which Gemma 1 and 2 do not support");
+    text_free(&out);
+}
+
+/* Python's strip() sees no white space in bytes that are not text; they stay. */
+static void test_invalid_utf8_stays(void **state)
+{
+    (void)state;
+    const struct chat_message message = {"user", " \xa0\x80x\xe2\x80 "};
+    struct text out = {0};
+    assert_int_equal(chat_template_render(CHAT_GEMMA3, &message, 1, false, &out), 0);
+    assert_string_equal(out.data, "<bos><start_of_turn>user\n\xa0\x80x\xe2\x80<end_of_turn>\n");
+    text_free(&out);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_renderings),
+        cmocka_unit_test(test_no_messages),
+        cmocka_unit_test(test_messages_say_which_turn),
+        cmocka_unit_test(test_invalid_utf8_stays),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,30 @@
+/* A made-up Gemma 3 on disk: config.json, random weights of any float type, a few files beside. Written with
+ * formats/writer; sizes are small but large enough that tensors are cut into several tasks. */
+#ifndef GEMCUT_TESTS_UNIT_TINY_GEMMA_H
+#define GEMCUT_TESTS_UNIT_TINY_GEMMA_H
+
+#include "runtime/gemma.h"
+
+#include <stdint.h>
+
+struct tiny_gemma {
+    int64_t hidden, ffn, vocab;
+    int layers, heads, kv_heads, head_dim;
+    enum dtype dtype;
+    uint64_t shard_bytes; /* 0: one file */
+    /* one weight that is replaced: tensor NULL = none */
+    const char *bad_tensor;
+    int64_t bad_index;
+    float bad_value;
+};
+
+/* Two layers, three tasks for each linear of the MLP, widths that 32 … 256 divide. */
+extern const struct tiny_gemma tiny_gemma_plain;
+
+/* Writes the model into a new folder. */
+void tiny_gemma_write(const struct tiny_gemma *g, const char *folder);
+
+/* Its settings and tensor list alone, as gemma_config_read and gemma_tensors see them. */
+void tiny_gemma_tensors(const struct tiny_gemma *g, struct gemma_config *cfg, struct gemma_tensors *tensors);
+
+#endif
