@@ -310,8 +310,8 @@ static int plan_hashes(struct hash_job *job, int n_workers, size_t *n_buffers)
         job->piece_bytes[i] = piece;
         job->first_piece[i + 1] = job->first_piece[i] + n;
         job->first_task[i + 1] = job->first_task[i] + (n + PIECES_PER_TASK - 1) / PIECES_PER_TASK;
-        if (t->bytes && piece > largest)
-            largest = piece < t->bytes ? piece : t->bytes;
+        const uint64_t need = piece < t->bytes ? piece : t->bytes;
+        largest = need > largest ? need : largest;
     }
     job->pieces = mem_alloc(job->first_piece[ck->n_tensors], sizeof *job->pieces, "tensor hashes");
     if (!job->pieces)

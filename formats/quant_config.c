@@ -3,6 +3,7 @@
 #include "base/err.h"
 #include "base/mem.h"
 
+#include <ctype.h>
 #include <regex.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -197,14 +198,36 @@ int quant_config_read(struct quant_config *out, struct json q)
 /* How a pattern is tried: readers look for exact names first, then expressions, then class names. */
 enum match_kind { MATCH_NAME, MATCH_REGEX, MATCH_CLASS };
 
+/* Whether POSIX extended syntax would read a pattern otherwise than Python does, or glibc might not compile it in
+ * bounded memory: it copies the operand of every '+', so that each nested one doubles it, and it recurses into
+ * parentheses. */
+static bool is_beyond_posix(const char *pattern)
+{
+    const size_t max_plus = 8, max_open = 64;
+    size_t n_plus = 0, n_open = 0;
+    if (strstr(pattern, "(?") || strchr(pattern, '{'))
+        return true;
+    for (const char *s = pattern; *s; s++) {
+        if (*s == '\\') {
+            if (isalnum((unsigned char)s[1])) /* \d, \w, \1 */
+                return true;
+            s += s[1] != '\0';
+            continue;
+        }
+        if (strchr("*+?", *s) && s[1] && strchr("*+?", s[1])) /* lazy and possessive ones */
+            return true;
+        n_plus += *s == '+';
+        n_open += *s == '(';
+    }
+    return n_plus > max_plus || n_open > max_open;
+}
+
 /* Python's re.match is anchored at the start only. POSIX extended syntax covers what such lists contain; a
  * pattern with other constructs is reported, not guessed. */
 static int match_regex(const char *pattern, const char *module)
 {
-    static const char *const not_posix[] = {"(?", "\\d", "\\w", "*?", "+?", "{", "\\1"};
-    for (size_t i = 0; i < sizeof not_posix / sizeof *not_posix; i++)
-        if (strstr(pattern, not_posix[i]))
-            return err_set(ERR_UNSUPPORTED, "cannot evaluate the pattern 're:%s'", pattern);
+    if (is_beyond_posix(pattern))
+        return err_set(ERR_UNSUPPORTED, "cannot evaluate the pattern 're:%s'", pattern);
     char *anchored = mem_printf("^(%s)", pattern);
     regex_t re;
     if (!anchored)

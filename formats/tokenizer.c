@@ -127,7 +127,7 @@ int tokenizer_encode(const struct tokenizer *t, const char *text, size_t len, bo
 
 static void append_run(const uint8_t *run, size_t n, struct text *out)
 {
-    if (utf8_valid(run, n)) {
+    if (n && utf8_valid(run, n)) {
         text_append(out, (const char *)run, n);
         return;
     }

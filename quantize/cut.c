@@ -104,7 +104,7 @@ static int measure_kernels(const struct cut *c, double *seconds_per_weight)
 {
     enum { ROWS = 64, COLS = 1024 };
     struct backend b;
-    int rc = backend_open(&b, c->options.device);
+    int rc = backend_open(&b, c->options.device, 1);
     if (rc < 0)
         return rc;
     float *w = mem_alloc_aligned(ROWS * COLS * sizeof *w, "a trial block");
@@ -283,7 +283,7 @@ static int build(struct cut *c, const struct cut_events *events)
 {
     const struct pipeline_events inner = {events->on_bytes, events->on_linear, events->ctx};
     struct backend b; /* only to name it in the record */
-    int rc = backend_open(&b, c->options.device);
+    int rc = backend_open(&b, c->options.device, 1);
     if (rc < 0)
         return rc;
     if (events->on_stage)

@@ -491,7 +491,7 @@ static int run_task(void *arg, size_t task, int worker)
 
 static int open_worker(const struct pipeline *p, struct worker *w, const char *device)
 {
-    const int rc = backend_open(&w->backend, device);
+    const int rc = backend_open(&w->backend, device, 1);
     if (rc < 0)
         return rc;
     w->open = true;

@@ -21,10 +21,12 @@ int workplace_init(struct workplace *w, const char *out)
     size_t n = strlen(out);
     while (n > 1 && out[n - 1] == '/')
         n--;
-    if (n == 0 || !strcmp(out, "/") || !strcmp(file_base(out), ".") || !strcmp(file_base(out), ".."))
+    if (!(w->out = mem_strndup(out, n)))
+        return ERR_MEMORY;
+    const char *base = file_base(w->out); /* "" for the root */
+    if (!*base || !strcmp(base, ".") || !strcmp(base, ".."))
         return err_set(ERR_USAGE, "'%s' cannot be the output: give the name of a new folder", out);
-    w->out = mem_strndup(out, n);
-    w->partial = w->out ? mem_printf("%s.partial", w->out) : NULL;
+    w->partial = mem_printf("%s.partial", w->out);
     w->marker = w->partial ? file_join(w->partial, marker_name) : NULL;
     return w->marker ? 0 : ERR_MEMORY;
 }
