@@ -24,7 +24,7 @@ need_packages() {
     [ ${#missing[@]} -eq 0 ] && return 0
     echo "== installing: ${missing[*]}" >&2
     as_root apt-get update -qq
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >&2
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 }
 
 build_packages=(gcc libc6-dev make cmake pkg-config libcjson-dev libxxhash-dev libopenblas-pthread-dev)

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 
 PROSE = pathlib.Path(__file__).resolve().parents[2] / "data/eval/prose.txt"
 BF16_LIMIT, CUT_LIMIT = 1e-4, 1e-3      # of ||ours - theirs|| / ||theirs||; rounding in float32 leaves about 1e-6
+CT_REST = ("weight_scale", "weight_zero_point", "weight_shape")     # what decompression may leave beside a weight
 NEAR_TIE = 1e-3                         # of the two best logits; rounding moves either by about 1e-5
 counts = {True: 0, False: 0}
 
@@ -57,18 +58,21 @@ class Ours:
             return np.fromfile(file, "f4").reshape(len(ids), self.vocab), [int(i) for i in p.stdout.split()]
 
 
-def reference(folder, config):
-    """The model as transformers loads it, in float32. Cuts are decompressed by the first forward, in BF16."""
-    model = getattr(transformers, config.architectures[0]).from_pretrained(
-        folder, dtype=torch.bfloat16, attn_implementation="eager").eval()
-    with torch.no_grad():
-        model(input_ids=torch.arange(3, 19)[None])
-    for m in model.modules():               # what still hangs on a decompressed module would go on quantizing
-        assert not hasattr(m, "weight_packed"), f"{m} was not decompressed"
-    model = model.float()
-    text = getattr(model.model, "language_model", model.model)
-    # a buffer computed in BF16 stays rounded: the rotary frequencies anew, as a model loaded in float32 has them
-    text.rotary_emb = type(text.rotary_emb)(text.config)
+def load(folder, config, dtype):
+    return getattr(transformers, config.architectures[0]).from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager").eval()
+
+
+@torch.no_grad()
+def reference(source, folder, config):
+    """The model as transformers loads it, in float32. A cut is decompressed by its first forward, in BF16; its weights
+    then go into the source's skeleton, because what else is cast along (the embedding's factor, the rotary
+    frequencies) would stay rounded."""
+    model = load(source, config, torch.float32)
+    if folder != source:
+        cut = load(folder, config, torch.bfloat16)
+        cut(input_ids=torch.arange(3, 19)[None])
+        model.load_state_dict({k: v.float() for k, v in cut.state_dict().items() if not k.endswith(CT_REST)})
     return model
 
 
@@ -91,7 +95,7 @@ def continue_theirs(model, ids, n):
     out, cache = [], transformers.DynamicCache(config=model.config)
     fed = torch.tensor([ids])
     for _ in range(n):
-        step = model(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        step = model(input_ids=fed, cache=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
         out.append(step.argmax().item())
         fed = torch.tensor([[out[-1]]])
     return out
@@ -119,7 +123,7 @@ def run(a):
         config = transformers.AutoConfig.from_pretrained(a.model)
         text = config.get_text_config()
         ids = some_ids(a.model, text, a.ids)
-        ours, model = Ours(a.dump, folder, text.vocab_size), reference(folder, config)
+        ours, model = Ours(a.dump, folder, text.vocab_size), reference(a.model, folder, config)
         check_logits(f"{name}: logits of {a.ids} ids", limit, ours, model, ids)
         check_continuation(f"{name}: greedy continuation", ours, model, ids[:a.prompt], a.tokens)
         del model
