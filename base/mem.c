@@ -15,7 +15,10 @@ static void *out_of_memory(size_t count, size_t size, const char *what)
 
 void *mem_alloc(size_t count, size_t size, const char *what)
 {
-    void *p = calloc(count ? count : 1, size ? size : 1);
+    size_t bytes; /* calloc checks this too, but sanitizers take such a call for a bug */
+    if (__builtin_mul_overflow(count, size, &bytes))
+        return out_of_memory(count, size, what);
+    void *p = calloc(1, bytes ? bytes : 1);
     return p ? p : out_of_memory(count, size, what);
 }
 

@@ -16,7 +16,8 @@ void text_append(struct text *t, const char *s, size_t n)
         t->failed = true;
         return;
     }
-    memcpy(t->data + t->len, s, n);
+    if (n)
+        memcpy(t->data + t->len, s, n);
     t->len += n;
     t->data[t->len] = '\0';
 }

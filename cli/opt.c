@@ -24,7 +24,7 @@ void opt_list_free(struct opt_list *list)
 static struct human bounds(const struct opt *o)
 {
     struct human h = {""};
-    if (o->type == OPT_DOUBLE && (o->low || o->high)) {
+    if (o->type == OPT_DOUBLE && (o->low != 0 || o->high != 0)) {
         if (isinf(o->high))
             snprintf(h.s, sizeof h.s, " of at least %g", o->low);
         else
@@ -56,7 +56,7 @@ static int store_double(const struct opt *o, const char *text, double *out)
     char *end = NULL;
     const double v = strtod(text, &end);
     const bool number = *text && strspn(text, "+-.0123456789eE") == strlen(text) && !*end && isfinite(v);
-    const bool bounded = o->low || o->high;
+    const bool bounded = o->low != 0 || o->high != 0;
     if (!number || (bounded && !(v >= o->low && v <= o->high)))
         return err_set(ERR_USAGE, "option '--%s': '%s' is not a number%s", o->name, text, bounds(o).s);
     *out = v;

