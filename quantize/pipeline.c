@@ -369,7 +369,10 @@ static int begin_item(struct item *it)
     it->scales = mem_alloc(n_scales, sizeof *it->scales, "scales");
     if (!s.symmetric)
         it->zeros = mem_alloc(n_scales, sizeof *it->zeros, "zero points");
-    return it->packed_pieces && it->squares && it->scales && (s.symmetric || it->zeros) ? 0 : ERR_MEMORY;
+    if (it->packed_pieces && it->squares && it->scales && (s.symmetric || it->zeros))
+        return 0;
+    release_state(it); /* another worker that is about to enter must not take it for begun */
+    return ERR_MEMORY;
 }
 
 /* Writes a whole small tensor and returns its hash. */

@@ -138,6 +138,9 @@ static int check_qmat(const struct qmat *q, const char *op)
     if (q->bits != 4 && q->bits != 8)
         return err_set(ERR_UNSUPPORTED, "%s: %d bits, expected 4 or 8", op, q->bits);
     CHECK(q->group > 0 && q->scales.dtype == DTYPE_BF16);
+    if (q->group % LANES && q->group < q->cols) /* a group begins at a whole vector of its row */
+        return err_set(ERR_UNSUPPORTED, "%s: groups of %d columns, expected a multiple of %d or whole rows", op,
+                       (int)q->group, LANES);
     CHECK(q->scales.cols == (q->cols + q->group - 1) / q->group);
     CHECK(!q->zeros.data || (q->zeros.dtype == DTYPE_I8 && q->zeros.cols == q->scales.cols));
     return 0;

@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import struct
 import subprocess
+import tempfile
 
 
 class Model:
@@ -48,3 +49,52 @@ def run(*command, timeout=120, **options):
     p = subprocess.run([str(c) for c in command], capture_output=True, text=True, errors="replace",
                        timeout=timeout, **options)
     return p.returncode, p.stdout, p.stderr
+
+
+def flip(m, name, offset, mask):
+    """Flips bits in a 16-bit word of a tensor."""
+    begin = m.header[name]["data_offsets"][0] + offset
+    m.put(name, offset, struct.pack("<H", struct.unpack_from("<H", m.data, begin)[0] ^ mask))
+
+
+def pack(m, names):
+    """Keeps these tensors alone, end to end."""
+    data, header = bytearray(), {k: v for k, v in m.header.items() if k == "__metadata__"}
+    for name in names:
+        begin, end = m.header[name]["data_offsets"]
+        header[name] = m.header[name] | {"data_offsets": [len(data), len(data) + end - begin]}
+        data += m.data[begin:end]
+    m.header, m.data = header, data
+
+
+class Tests:
+    """Cases run one by one, each with a fresh folder inside one for all."""
+
+    def __init__(self, prefix):
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix=prefix))
+        self.passed = self.failed = 0
+
+    def need(self, *command):
+        """Something that all cases rest on."""
+        code, _, stderr = run(*command)
+        if code:
+            shutil.rmtree(self.folder)
+            raise SystemExit(stderr)
+
+    def case(self, f):
+        tmp = self.folder / f.__name__
+        tmp.mkdir()
+        try:
+            f(tmp)
+            self.passed += 1
+            print(f"ok      {f.__name__}", flush=True)
+        except AssertionError as e:
+            self.failed += 1
+            print(f"FAILED  {f.__name__}: {e}", flush=True)
+        finally:
+            shutil.rmtree(tmp)
+
+    def finish(self):
+        shutil.rmtree(self.folder)
+        print(f"{self.passed} passed, {self.failed} failed")
+        return 1 if self.failed or not self.passed else 0

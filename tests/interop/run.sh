@@ -30,6 +30,16 @@ cut_and_load() { # cut_and_load NAME MODEL [OPTION…]
     check "$name: verify" "$gemcut" verify "$tmp/$name" --against "$model"
     check "$name: transformers + compressed-tensors" "$python" tests/interop/test_compressed_tensors.py "$model" "$tmp/$name"
 }
+logits() { # logits NAME MODEL [OPTION…]: our forward pass against transformers'
+    local name=$1 model=$2
+    shift 2
+    check "$name: logits" "$python" tests/interop/test_logits.py "$model" "$tmp/$name" --dump "$build/logits_dump" "$@"
+}
+behaviour() { # behaviour NAME MODEL [OPTION…]: what verify measures against PyTorch
+    local name=$1 model=$2
+    shift 2
+    check "$name: behaviour" "$python" tests/interop/test_behaviour.py "$model" "$tmp/$name" --gemcut "$gemcut" "$@"
+}
 
 tiny=data/model/gemma3-tiny
 cut_and_load range $tiny
@@ -42,6 +52,11 @@ for dialect in hub model; do
     check "multimodal, $dialect names: make" "$python" tests/interop/make_tiny_gemma3_mm.py "$tmp/mm-$dialect" --dialect "$dialect"
     cut_and_load "mm-$dialect-cut" "$tmp/mm-$dialect"
 done
+logits range $tiny --ids 700 # two pieces of prefill
+logits asym $tiny
+logits mixed $tiny
+logits mm-hub-cut "$tmp/mm-hub"
+behaviour range $tiny --text data/eval/prose.txt
 
 if [ -z "$data" ]; then
     echo "not run: tokenizer and KL tests (no --data)"
@@ -57,6 +72,8 @@ else
     zstd -dqf "$data/data/text/wiki.test.raw.zst" -o "$tmp/wiki.test.raw"
     cut_and_load 270m-range "$big"
     cut_and_load 270m-absmax "$big" --scales absmax
+    logits 270m-range "$big" --ids 100 --tokens 32
+    behaviour 270m-range "$big" --text "$tmp/wiki.test.raw" --windows 1 --length 256
     # the first window of WikiText-2 test alone; docs/benchmarks.md has all 64
     check "KL, 270M, range" "$python" tests/interop/check_kl.py "$big" "$tmp/270m-range" --text "$tmp/wiki.test.raw" \
         --windows 1 --len 1024 --min-kl 0.3 --max-kl 0.8

@@ -7,9 +7,13 @@ const struct cut_events cutting_silent;
 
 struct cut_options cutting_options(const char *model, const char *out)
 {
-    return (struct cut_options){.model = model, .out = out, .device = "cpu", .version = "test",
+    return (struct cut_options){.model = model,
+                                .out = out,
+                                .device = "cpu",
+                                .version = "test",
                                 .recipe = {.method = "rtn", .scheme = {4, true, 128}},
-                                .shard_bytes = UINT64_MAX, .n_workers = 2};
+                                .shard_bytes = UINT64_MAX,
+                                .n_workers = 2};
 }
 
 int cutting_run(const struct cut_options *options, const struct cut_events *events)

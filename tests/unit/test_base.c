@@ -70,8 +70,9 @@ static void test_rounding(void **state)
         if (isfinite(x))
             check_rounding(x);
     }
-    static const float edges[] = {65504, 65519.996f, 65520, 65536, 0x1p-24f, 0x1p-25f, 0x1.000002p-25f, 0x1p-14f,
-                                  0x1.ffcp-15f, 0x1.fffp-15f, 3.3895314e38f, 3.3961775e38f, 0x1.fffffep127f};
+    static const float edges[] = {65504,         65519.996f,      65520,          65536,        0x1p-24f,
+                                  0x1p-25f,      0x1.000002p-25f, 0x1p-14f,       0x1.ffcp-15f, 0x1.fffp-15f,
+                                  3.3895314e38f, 3.3961775e38f,   0x1.fffffep127f};
     for (size_t i = 0; i < N_OF(edges); i++) {
         check_rounding(edges[i]);
         check_rounding(-edges[i]);
@@ -98,8 +99,8 @@ static void test_dtypes(void **state)
 /* --- JSON ----------------------------------------------------------------------------------------------------- */
 
 static const char *const not_json[] = {
-    "", " ", "{", "{} x", "{}{}", "{\"a\":1", "[1,]x", "nul", "\"a", "{\"a\" 1}", "\xef\xbb\xbf{}", "\x01{}",
-    "{\x01}", "\v{}",
+    "",    " ",   "{",         "{} x",           "{}{}",   "{\"a\":1", "[1,]x",
+    "nul", "\"a", "{\"a\" 1}", "\xef\xbb\xbf{}", "\x01{}", "{\x01}",   "\v{}",
 };
 
 static void test_not_json(void **state)
@@ -413,13 +414,20 @@ static void test_errors(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_every_half),   cmocka_unit_test(test_rounding),
-        cmocka_unit_test(test_dtypes),       cmocka_unit_test(test_not_json),
-        cmocka_unit_test(test_json_values),  cmocka_unit_test(test_json_written),
-        cmocka_unit_test(test_doubles_read_back), cmocka_unit_test(test_files),
-        cmocka_unit_test(test_folders),      cmocka_unit_test(test_memory),
-        cmocka_unit_test(test_names),        cmocka_unit_test(test_hash),
-        cmocka_unit_test(test_parallel),     cmocka_unit_test(test_errors),
+        cmocka_unit_test(test_every_half),
+        cmocka_unit_test(test_rounding),
+        cmocka_unit_test(test_dtypes),
+        cmocka_unit_test(test_not_json),
+        cmocka_unit_test(test_json_values),
+        cmocka_unit_test(test_json_written),
+        cmocka_unit_test(test_doubles_read_back),
+        cmocka_unit_test(test_files),
+        cmocka_unit_test(test_folders),
+        cmocka_unit_test(test_memory),
+        cmocka_unit_test(test_names),
+        cmocka_unit_test(test_hash),
+        cmocka_unit_test(test_parallel),
+        cmocka_unit_test(test_errors),
     };
     return cmocka_run_group_tests(tests, support_make_folder, support_remove_folder);
 }

@@ -21,6 +21,11 @@ static const struct {
      "\"my_dtype\": \"float32\"}",
      "{\n  \"quantization_config\": {Q},\"model_type\": \"dtype\", \"a\": [\"dtype\", \"float32\"], \"b\": "
      "{\"dtype\": null, \"torch_dtype\": 3}, \"my_dtype\": \"float32\"}"},
+    /* a null one further down is nobody's business */
+    {"{\"model_type\": \"g\", \"text_config\": {\"quantization_config\": null}}",
+     "{\n  \"quantization_config\": {Q},\"model_type\": \"g\", \"text_config\": {\"quantization_config\": null}}"},
+    {"{\"quantization_config\" :\tnull, \"model_type\": \"g\", \"a\": [{\"quantization_config\": null}]}",
+     "{\"quantization_config\" :\t{Q}, \"model_type\": \"g\", \"a\": [{\"quantization_config\": null}]}"},
     {"{\"model_type\": \"g\", \"dtype\": \"\"}",
      "{\n  \"quantization_config\": {Q},\"model_type\": \"g\", \"dtype\": \"bfloat16\"}"},
     {"{\"model_type\": \"g\", \"dtype\": \"a\\\\\"}",
@@ -100,7 +105,8 @@ static void test_config_fields(void **state)
         {"{\"model_type\": \"g\", \"architectures\": [3]}", "'architectures[0]' is not a string"},
     };
     for (size_t i = 0; i < N_OF(bad); i++)
-        assert_error(hf_config_parse(&cfg, bad[i].text, strlen(bad[i].text), "c"), ERR_FORMAT, bad[i].message);
+        assert_error(hf_config_parse(&cfg, bad[i].text, strlen(bad[i].text), "c"), ERR_FORMAT,
+                     bad[i].message);
 }
 
 /* --- quantization_config -------------------------------------------------------------------------------------- */
@@ -112,7 +118,8 @@ static void add_group(struct quant_config *cfg, struct quant_scheme scheme, cons
     assert_ok(quant_config_add(&g->targets, &g->n_targets, target));
 }
 
-static void check_match(const struct quant_config *cfg, const char *module, int expected, struct quant_scheme s)
+static void check_match(const struct quant_config *cfg, const char *module, int expected,
+                        struct quant_scheme s)
 {
     struct quant_scheme scheme = {0};
     const int rc = quant_config_match(cfg, module, &scheme);
@@ -128,17 +135,17 @@ static void check_matches(const struct quant_config *cfg)
     const struct quant_scheme none = {0}, w4 = {4, true, 128}, w8 = {8, true, 0}, asym = {4, false, 32};
     check_match(cfg, "model.layers.0.mlp.up_proj", 1, w4);
     check_match(cfg, "model.layers.1.mlp.down_proj", 1, w8);
-    check_match(cfg, "model.layers.11.mlp.down_proj", 1, w4);      /* the dots of "layers\.1\." hold */
-    check_match(cfg, "model.layers.2.mlp.down_proj", 1, asym);     /* a name before an expression */
-    check_match(cfg, "model.layers.1.mlp.down_proj.x", 1, w4);     /* $ */
-    check_match(cfg, "xlayers.1.mlp.down_proj", 1, w8);            /* .* at the start */
+    check_match(cfg, "model.layers.11.mlp.down_proj", 1, w4);  /* the dots of "layers\.1\." hold */
+    check_match(cfg, "model.layers.2.mlp.down_proj", 1, asym); /* a name before an expression */
+    check_match(cfg, "model.layers.1.mlp.down_proj.x", 1, w4); /* $ */
+    check_match(cfg, "xlayers.1.mlp.down_proj", 1, w8);        /* .* at the start */
     check_match(cfg, "lm_head", 0, none);
     check_match(cfg, "model.lm_head", 0, none);
-    check_match(cfg, "lm_heads", 0, none);                         /* re.match does not demand the end … */
+    check_match(cfg, "lm_heads", 0, none); /* re.match does not demand the end … */
     check_match(cfg, "head.lm_headless", 0, none);
     check_match(cfg, "vision_tower.layers.1.mlp.down_proj", 0, none); /* ignore before any target */
-    check_match(cfg, "model.vision_tower.x", 1, w4);               /* … but it does the start */
-    check_match(cfg, "model.layers.3.mlp.gate_proj", 0, none);     /* an exact ignore */
+    check_match(cfg, "model.vision_tower.x", 1, w4);                  /* … but it does the start */
+    check_match(cfg, "model.layers.3.mlp.gate_proj", 0, none);        /* an exact ignore */
     check_match(cfg, "model.layers.3.mlp.gate_proj2", 1, w4);
 }
 
@@ -149,7 +156,8 @@ static void test_quant_config(void **state)
     add_group(&cfg, (struct quant_scheme){4, true, 128}, "Linear");
     add_group(&cfg, (struct quant_scheme){8, true, 0}, "re:.*layers\\.(1|2)\\.mlp\\.down_proj$");
     add_group(&cfg, (struct quant_scheme){4, false, 32}, "model.layers.2.mlp.down_proj");
-    static const char *const ignore[] = {"re:.*lm_head", "lm_head", "re:vision_tower", "model.layers.3.mlp.gate_proj"};
+    static const char *const ignore[] = {"re:.*lm_head", "lm_head", "re:vision_tower",
+                                         "model.layers.3.mlp.gate_proj"};
     for (size_t i = 0; i < N_OF(ignore); i++)
         assert_ok(quant_config_add(&cfg.ignore, &cfg.n_ignore, ignore[i]));
     check_matches(&cfg);
@@ -197,8 +205,9 @@ static void test_quant_config_keys(void **state)
     quant_config_free(&cfg);
 }
 
-#define QUANT(method, format, weights)                                                                         \
-    "{\"quant_method\": \"" method "\", \"format\": \"" format "\", \"config_groups\": {\"g\": {\"targets\": "  \
+#define QUANT(method, format, weights)                                                                       \
+    "{\"quant_method\": \"" method "\", \"format\": \"" format                                               \
+    "\", \"config_groups\": {\"g\": {\"targets\": "                                                          \
     "[\"Linear\"], \"weights\": " weights "}}}"
 #define CT(weights) QUANT("compressed-tensors", "pack-quantized", weights)
 
@@ -211,10 +220,12 @@ static void test_quant_config_refused(void **state)
         {QUANT("gptq", "pack-quantized", "{}"), "is 'gptq', expected compressed-tensors"},
         {QUANT("compressed-tensors", "int-quantized", "{}"), "is 'int-quantized', expected pack-quantized"},
         {CT("null"), "has no member 'weights'"},
-        {CT("{\"num_bits\": 3, \"strategy\": \"group\", \"group_size\": 32}"), "is int3, expected int4 or int8"},
+        {CT("{\"num_bits\": 3, \"strategy\": \"group\", \"group_size\": 32}"),
+         "is int3, expected int4 or int8"},
         {CT("{\"num_bits\": 4, \"type\": \"float\", \"strategy\": \"group\"}"), "is float4"},
         {CT("{\"num_bits\": 4, \"strategy\": \"tensor\"}"), "has strategy 'tensor'"},
-        {CT("{\"num_bits\": 4, \"strategy\": \"group\", \"group_size\": -2}"), "'config_groups.g.weights.group_size'"},
+        {CT("{\"num_bits\": 4, \"strategy\": \"group\", \"group_size\": -2}"),
+         "'config_groups.g.weights.group_size'"},
         {CT("{\"num_bits\": 4, \"strategy\": \"group\", \"group_size\": 0}"), "'config_groups.g.weights"},
         {CT("{\"num_bits\": 4, \"strategy\": \"group\"}"), "'config_groups.g.weights"},
         {"{\"quant_method\": \"compressed-tensors\", \"format\": \"pack-quantized\"}", "'config_groups'"},
@@ -232,8 +243,9 @@ static void test_quant_config_refused(void **state)
 static void test_patterns(void **state)
 {
     (void)state;
-    static const char *const beyond[] = {"re:(?i)x", "re:\\d+", "re:a{2}", "re:.*?x", "re:a++", "re:(a)\\2",
-                                         "re:\\bx", "re:((((((((((a+)+)+)+)+)+)+)+)+)+)"};
+    static const char *const beyond[] = {
+        "re:(?i)x", "re:\\d+",   "re:a{2}", "re:.*?x",
+        "re:a++",   "re:(a)\\2", "re:\\bx", "re:((((((((((a+)+)+)+)+)+)+)+)+)+)"};
     struct quant_scheme s;
     for (size_t i = 0; i < N_OF(beyond); i++) {
         struct quant_config cfg = {0};
@@ -263,10 +275,14 @@ static void test_shapes(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_splice),             cmocka_unit_test(test_splice_over_null),
-        cmocka_unit_test(test_config_fields),      cmocka_unit_test(test_quant_config),
-        cmocka_unit_test(test_quant_config_keys),  cmocka_unit_test(test_quant_config_refused),
-        cmocka_unit_test(test_patterns),           cmocka_unit_test(test_shapes),
+        cmocka_unit_test(test_splice),
+        cmocka_unit_test(test_splice_over_null),
+        cmocka_unit_test(test_config_fields),
+        cmocka_unit_test(test_quant_config),
+        cmocka_unit_test(test_quant_config_keys),
+        cmocka_unit_test(test_quant_config_refused),
+        cmocka_unit_test(test_patterns),
+        cmocka_unit_test(test_shapes),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -62,7 +62,8 @@ static void check_linear(const struct checkpoint *out, const char *module, const
     uint32_t *packed = load_part(out, module, ".weight_packed", DTYPE_I32, rows, words);
     uint16_t *scales = load_part(out, module, ".weight_scale", DTYPE_BF16, rows, groups);
     int64_t *shape = load_part(out, module, ".weight_shape", DTYPE_I64, 1, 2);
-    int *zeros = calloc((size_t)(rows * groups), sizeof *zeros), *codes = malloc((size_t)cols * sizeof *codes);
+    int *zeros = calloc((size_t)(rows * groups), sizeof *zeros),
+        *codes = malloc((size_t)cols * sizeof *codes);
     double *w = malloc((size_t)cols * sizeof *w);
     uint32_t *expected = malloc((size_t)words * sizeof *expected);
     assert_true(zeros && codes && w && expected && shape[0] == rows && shape[1] == cols);
@@ -77,7 +78,8 @@ static void check_linear(const struct checkpoint *out, const char *module, const
             if (c % group == 0) {
                 naive_scale(w + c, n, grid, &right, &zeros[r * groups + g]);
                 if (!(scale == right))
-                    fail_msg("%s: row %d group %d: scale %g, expected %g", module, (int)r, (int)g, scale, right);
+                    fail_msg("%s: row %d group %d: scale %g, expected %g", module, (int)r, (int)g, scale,
+                             right);
             }
             codes[c] = naive_code(w[c], scale, zeros[r * groups + g], grid->bits);
         }
@@ -166,7 +168,8 @@ static void test_variants(void **state)
     for (size_t i = 0; i < N_OF(variants); i++) {
         struct tiny_gemma g = tiny_gemma_plain;
         g.dtype = variants[i].dtype;
-        const char *source = cutting_model(dtype_name(g.dtype), &g), *out = support_path("out-%s", variants[i].name);
+        const char *source = cutting_model(dtype_name(g.dtype), &g),
+                   *out = support_path("out-%s", variants[i].name);
         struct cut_options o = cutting_options(source, out);
         o.recipe.scheme = variants[i].scheme;
         o.recipe.scales = variants[i].spec;
@@ -182,16 +185,29 @@ static void test_variants(void **state)
 static void test_ragged_width(void **state)
 {
     (void)state;
-    const struct tiny_gemma g = {.hidden = 96, .ffn = 160, .vocab = 70, .layers = 1, .heads = 3, .kv_heads = 1,
-                                 .head_dim = 32, .dtype = DTYPE_BF16};
-    const struct tiny_gemma odd = {.hidden = 100, .ffn = 52, .vocab = 70, .layers = 1, .heads = 3, .kv_heads = 1,
-                                   .head_dim = 20, .dtype = DTYPE_BF16};
+    const struct tiny_gemma g = {.hidden = 96,
+                                 .ffn = 160,
+                                 .vocab = 70,
+                                 .layers = 1,
+                                 .heads = 3,
+                                 .kv_heads = 1,
+                                 .head_dim = 32,
+                                 .dtype = DTYPE_BF16};
+    const struct tiny_gemma odd = {.hidden = 100,
+                                   .ffn = 52,
+                                   .vocab = 70,
+                                   .layers = 1,
+                                   .heads = 3,
+                                   .kv_heads = 1,
+                                   .head_dim = 20,
+                                   .dtype = DTYPE_BF16};
     struct cut_options o = cutting_options(cutting_model("ragged", &g), support_path("out-ragged"));
     assert_ok(cutting_run(&o, &cutting_silent));
     check_cut(o.model, o.out, &(struct naive_grid){SCALE_RANGE, false, true, 4, 32});
     o = cutting_options(o.model, support_path("out-ragged-error"));
     o.recipe.ragged = RAGGED_ERROR;
-    assert_error(cutting_run(&o, &cutting_silent), ERR_UNSUPPORTED, "has 96 columns, which groups of 128 do not divide");
+    assert_error(cutting_run(&o, &cutting_silent), ERR_UNSUPPORTED,
+                 "has 96 columns, which groups of 128 do not divide");
     o = cutting_options(cutting_model("odd", &odd), support_path("out-odd"));
     assert_error(cutting_run(&o, &cutting_silent), ERR_USAGE, "quantizes nothing");
     cutting_check_absent(o.out);
@@ -225,13 +241,15 @@ static void test_threads(void **state)
 static void test_beside(void **state)
 {
     (void)state;
-    struct cut_options o = cutting_options(cutting_model("BF16", &tiny_gemma_plain), support_path("out-beside"));
+    struct cut_options o =
+        cutting_options(cutting_model("BF16", &tiny_gemma_plain), support_path("out-beside"));
     struct file_list list;
     struct hf_config source, copy;
     assert_ok(cutting_run(&o, &cutting_silent));
     assert_ok(file_list(&list, o.out));
-    static const char *const expected[] = {"LICENSE", "chat_template.jinja", "config.json", "gemcut.json",
-                                           "generation_config.json", "model.safetensors", "tokenizer.json"};
+    static const char *const expected[] = {"LICENSE",       "chat_template.jinja",    "config.json",
+                                           "gemcut.json",   "generation_config.json", "model.safetensors",
+                                           "tokenizer.json"};
     assert_int_equal(list.n, N_OF(expected));
     for (size_t i = 0; i < list.n; i++)
         assert_string_equal(list.names[i], expected[i]);
@@ -247,8 +265,9 @@ static void test_beside(void **state)
     assert_string_equal(copy.text + copy.text_len - common, source.text + source.text_len - common);
     hf_config_close(&source);
     hf_config_close(&copy);
-    assert_error(cut_open(&(struct cut *){NULL}, &(struct cut_options){.model = o.out, .out = "x", .device = "cpu"}),
-                 ERR_UNSUPPORTED, "is already quantized (compressed-tensors)");
+    assert_error(
+        cut_open(&(struct cut *){NULL}, &(struct cut_options){.model = o.out, .out = "x", .device = "cpu"}),
+        ERR_UNSUPPORTED, "is already quantized (compressed-tensors)");
 }
 
 static void test_f32_config_says_bfloat16(void **state)
@@ -267,8 +286,10 @@ static void test_f32_config_says_bfloat16(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_variants), cmocka_unit_test(test_ragged_width),
-        cmocka_unit_test(test_threads),  cmocka_unit_test(test_beside),
+        cmocka_unit_test(test_variants),
+        cmocka_unit_test(test_ragged_width),
+        cmocka_unit_test(test_threads),
+        cmocka_unit_test(test_beside),
         cmocka_unit_test(test_f32_config_says_bfloat16),
     };
     return cmocka_run_group_tests(tests, support_make_folder, support_remove_folder);

@@ -223,7 +223,8 @@ static const struct {
     float value;
     const char *message;
 } nonfinite[] = {
-    {"nan-down", "model.layers.1.mlp.down_proj.weight", DTYPE_BF16, 3 * 4352 + 4100, NAN, "row 3, column 4100"},
+    {"nan-down", "model.layers.1.mlp.down_proj.weight", DTYPE_BF16, 3 * 4352 + 4100, NAN,
+     "row 3, column 4100"},
     {"inf-gate", "model.layers.0.mlp.gate_proj.weight", DTYPE_BF16, 4351 * 256 + 255, INFINITY,
      "row 4351, column 255"}, /* the last weight of the last of three tasks */
     {"nan-q-f16", "model.layers.0.self_attn.q_proj.weight", DTYPE_F16, 0, NAN, "row 0, column 0"},
@@ -282,11 +283,16 @@ static void test_nonfinite_allowed(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_out_exists),         cmocka_unit_test(test_overwrite),
-        cmocka_unit_test(test_bad_out),            cmocka_unit_test(test_foreign_partial),
-        cmocka_unit_test(test_locked_partial),     cmocka_unit_test(test_killed),
-        cmocka_unit_test(test_killed_overwriting), cmocka_unit_test(test_interrupted),
-        cmocka_unit_test(test_nonfinite_refused),  cmocka_unit_test(test_nonfinite_allowed),
+        cmocka_unit_test(test_out_exists),
+        cmocka_unit_test(test_overwrite),
+        cmocka_unit_test(test_bad_out),
+        cmocka_unit_test(test_foreign_partial),
+        cmocka_unit_test(test_locked_partial),
+        cmocka_unit_test(test_killed),
+        cmocka_unit_test(test_killed_overwriting),
+        cmocka_unit_test(test_interrupted),
+        cmocka_unit_test(test_nonfinite_refused),
+        cmocka_unit_test(test_nonfinite_allowed),
     };
     return cmocka_run_group_tests(tests, support_make_folder, support_remove_folder);
 }

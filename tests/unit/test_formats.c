@@ -21,7 +21,8 @@ static void put_safetensors(const char *path, const char *header, size_t data_by
     free(file);
 }
 
-#define ENTRY(dtype, shape, offsets) "{\"dtype\":\"" dtype "\",\"shape\":" shape ",\"data_offsets\":" offsets "}"
+#define ENTRY(dtype, shape, offsets)                                                                         \
+    "{\"dtype\":\"" dtype "\",\"shape\":" shape ",\"data_offsets\":" offsets "}"
 
 static const struct {
     const char *header;
@@ -46,7 +47,8 @@ static const struct {
     {"{\"a\":" ENTRY("U8", "[1,1,1,1,1,1,1,1,1]", "[0,1]") "}", 1, "more than 8 dimensions"},
     /* 2^32 · 2^32 wraps to 0 */
     {"{\"a\":" ENTRY("U8", "[4294967296,4294967296]", "[0,0]") "}", 0, "which is not U8"},
-    {"{\"a\":" ENTRY("U8", "[4]", "[0,4]") ",\"b\":" ENTRY("U8", "[4]", "[2,6]") "}", 6, "'a' and 'b' overlap"},
+    {"{\"a\":" ENTRY("U8", "[4]", "[0,4]") ",\"b\":" ENTRY("U8", "[4]", "[2,6]") "}", 6,
+     "'a' and 'b' overlap"},
     {"{\"a\":" ENTRY("U8", "[4]", "[0,4]") ",\"b\":" ENTRY("U8", "[2]", "[5,7]") "}", 7,
      "1 bytes before tensor 'b' belong to no tensor"},
     {"{\"a\":" ENTRY("U8", "[1]", "[0,1]") ",\"a\":" ENTRY("U8", "[1]", "[1,2]") "}", 2, "appears twice"},
@@ -75,9 +77,11 @@ static void test_good_header(void **state)
     (void)state;
     const char *path = support_path("good.safetensors");
     struct safetensors st;
-    put_safetensors(path,
-                    "{\"__metadata__\":{\"format\":\"pt\"},\"b\":" ENTRY("BF16", "[2,3]", "[4,16]") ",\"scalar\":"
-                    ENTRY("F32", "[]", "[0,4]") ",\"empty\":" ENTRY("I64", "[0,5]", "[4,4]") "}   ", 16);
+    put_safetensors(
+        path,
+        "{\"__metadata__\":{\"format\":\"pt\"},\"b\":" ENTRY("BF16", "[2,3]", "[4,16]") ",\"scalar\":" ENTRY(
+            "F32", "[]", "[0,4]") ",\"empty\":" ENTRY("I64", "[0,5]", "[4,4]") "}   ",
+        16);
     assert_ok(safetensors_open(&st, path));
     assert_int_equal(st.n_tensors, 3);
     const struct tensor *scalar = &st.tensors[0], *empty = &st.tensors[1], *b = &st.tensors[2];
@@ -119,11 +123,11 @@ static const struct {
     int n_dims;
     int64_t shape[3];
 } written[] = {
-    {"e.weight", "e.weight", DTYPE_BF16, 2, {50, 7}},      {"l.0.packed", "l.0", DTYPE_I32, 2, {9, 2}},
-    {"l.0.scale", "l.0", DTYPE_BF16, 2, {9, 1}},           {"l.0.shape", "l.0", DTYPE_I64, 1, {2}},
-    {"l.1.packed", "l.1", DTYPE_I32, 2, {9, 2}},           {"l.1.scale", "l.1", DTYPE_BF16, 2, {9, 1}},
-    {"l.1.shape", "l.1", DTYPE_I64, 1, {2}},               {"odd", "odd", DTYPE_U8, 1, {3}},
-    {"none", "none", DTYPE_F16, 3, {4, 0, 2}},             {"scalar \"quoted\" ü", "s", DTYPE_F32, 0, {0}},
+    {"e.weight", "e.weight", DTYPE_BF16, 2, {50, 7}}, {"l.0.packed", "l.0", DTYPE_I32, 2, {9, 2}},
+    {"l.0.scale", "l.0", DTYPE_BF16, 2, {9, 1}},      {"l.0.shape", "l.0", DTYPE_I64, 1, {2}},
+    {"l.1.packed", "l.1", DTYPE_I32, 2, {9, 2}},      {"l.1.scale", "l.1", DTYPE_BF16, 2, {9, 1}},
+    {"l.1.shape", "l.1", DTYPE_I64, 1, {2}},          {"odd", "odd", DTYPE_U8, 1, {3}},
+    {"none", "none", DTYPE_F16, 3, {4, 0, 2}},        {"scalar \"quoted\" ü", "s", DTYPE_F32, 0, {0}},
 };
 
 static uint8_t expected_byte(size_t tensor, size_t at)
@@ -228,7 +232,8 @@ static void test_hashes(void **state)
     assert_ok(checkpoint_open(&ck, folder));
     struct hash128 pieces[64], hashes[2], abc = hash_bytes("abc", 3);
     size_t n = 0;
-    for (size_t row = 0; row < 3000; row += 128) /* 128 rows of 2000 bytes: the greatest power of two in 256 KiB */
+    for (size_t row = 0; row < 3000;
+         row += 128) /* 128 rows of 2000 bytes: the greatest power of two in 256 KiB */
         pieces[n++] = hash_bytes(data + row * 1000, (3000 - row < 128 ? 3000 - row : 128) * 2000);
     for (int threads = 1; threads <= 3; threads++) {
         struct parallel *pool;
@@ -271,7 +276,8 @@ static void test_index(void **state)
         {"{}", ERR_FORMAT, "has no member 'weight_map'"},
         {"{\"weight_map\":[]}", ERR_FORMAT, "is not an object"},
         {"{\"weight_map\":{\"a\":3}}", ERR_FORMAT, "is not a string"},
-        {"{\"weight_map\":{\"a\":\"../x.safetensors\"}}", ERR_FORMAT, "expected a file name without a folder"},
+        {"{\"weight_map\":{\"a\":\"../x.safetensors\"}}", ERR_FORMAT,
+         "expected a file name without a folder"},
         {"{\"weight_map\":{\"a\":\"\"}}", ERR_FORMAT, "expected a file name without a folder"},
         {"{\"weight_map\":{\"a\":\"z.safetensors\"}}", ERR_IO, "z.safetensors: No such file"},
         {"{\"weight_map\":{\"a\":\"..\"}}", ERR_IO, "is a folder"},
@@ -324,8 +330,8 @@ static void test_find(void **state)
 /* --- the record ----------------------------------------------------------------------------------------------- */
 
 #define HASH_A "\"99aa06d3014798d86001c324468d497f\""
-#define RECORD(schema, tensors)                                                                                \
-    "{\"schema\": \"" schema "\", \"version\": \"0.1\", \"recipe\": {\"method\": \"rtn\"}, \"linears\": "       \
+#define RECORD(schema, tensors)                                                                              \
+    "{\"schema\": \"" schema "\", \"version\": \"0.1\", \"recipe\": {\"method\": \"rtn\"}, \"linears\": "    \
     "{\"l\": {\"source\": " HASH_A "}}, \"tensors\": " tensors ", \"files\": {\"config.json\": " HASH_A "}}"
 
 static void test_record(void **state)

@@ -11,16 +11,18 @@ struct variant {
     int (*find_nonfinite)(const struct mat *w, int64_t *index);
 };
 
-#define DECLARE(suffix)                                                                                       \
-    extern const struct quant_ops cpu_quant_ops_##suffix;                                                     \
-    int cpu_squared_error_##suffix(const struct mat *a, const struct mat *b, double *e, double *r);           \
+#define DECLARE(suffix)                                                                                      \
+    extern const struct quant_ops cpu_quant_ops_##suffix;                                                    \
+    int cpu_squared_error_##suffix(const struct mat *a, const struct mat *b, double *e, double *r);          \
     int cpu_find_nonfinite_##suffix(const struct mat *w, int64_t *index);
 DECLARE(v1)
 DECLARE(v3)
 DECLARE(v4)
 
-#define VARIANT(text, suffix)                                                                                 \
-    {text, &cpu_quant_ops_##suffix, cpu_squared_error_##suffix, cpu_find_nonfinite_##suffix}
+#define VARIANT(text, suffix)                                                                                \
+    {                                                                                                        \
+        text, &cpu_quant_ops_##suffix, cpu_squared_error_##suffix, cpu_find_nonfinite_##suffix               \
+    }
 static const struct variant variants[] = {
     VARIANT("x86-64 (SSE2)", v1),
     VARIANT("x86-64-v3 (AVX2)", v3),

@@ -16,6 +16,13 @@ static int open_backend(void **state)
     return backend_open(&cpu, "cpu", 1);
 }
 
+static int close_backend(void **state)
+{
+    (void)state;
+    backend_close(&cpu);
+    return 0;
+}
+
 /* --- exact cases ---------------------------------------------------------------------------------------------- */
 
 struct exact {
@@ -44,7 +51,13 @@ static const struct exact exact_cases[] = {
     {{7.5f, -4, 0.5f, 1.5f}, SCALE_RANGE, true, true, 1, 0, 0xa84f, {7, -4, 0, 2}},
     {{-8, 7, 0.5f, 1.5f}, SCALE_RANGE, true, true, 1, 0, 0xa8f0, {-8, 7, 0, 2}},
     /* the scale is rounded to BF16 before the weights: 1/7.5 = 0.13333… → 0x3e09 = 0.1337890625 */
-    {{1, 0.4f, -0.4f, 0.2f}, SCALE_ABSMAX, false, true, 0.1337890625f, 0, 0x95bf,
+    {{1, 0.4f, -0.4f, 0.2f},
+     SCALE_ABSMAX,
+     false,
+     true,
+     0.1337890625f,
+     0,
+     0x95bf,
      {0.9375f, 0.40234375f, -0.40234375f, 0.1337890625f}},
     {{0, 5, 10, 15}, SCALE_RANGE, false, false, 1, -8, 0xfa50, {0, 5, 10, 15}},
     {{-3, 0, 4.5f, 12}, SCALE_RANGE, false, false, 1, -5, 0xf830, {-3, 0, 5, 12}},
@@ -65,7 +78,9 @@ static void test_exact(void **state)
         struct qmat q = {.packed = {&word, DTYPE_I32, 1, 1, 1},
                          .scales = {&scale, DTYPE_BF16, 1, 1, 1},
                          .zeros = {e->symmetric ? NULL : &zero, DTYPE_I8, 1, 1, 1},
-                         .bits = 4, .group = 4, .cols = 4};
+                         .bits = 4,
+                         .group = 4,
+                         .cols = 4};
         assert_ok(cpu.quant->find_scales(&w, &(struct scale_spec){e->rule, e->positive_only}, &q));
         assert_ok(cpu.quant->quantize(&w, &q));
         assert_ok(cpu.quant->dequantize(&q, &out));
@@ -135,24 +150,26 @@ static void check_group(const struct kernel_case *c, const struct kernel_data *d
     if (c->spec.positive_only && !(got > 0))
         fail_msg("%s: row %d group %d: scale %g is not positive", kernel_case_text(c), (int)row, (int)g, got);
     if (c->spec.rule != SCALE_MSE) {
-        const struct naive_grid grid = {c->spec.rule, c->spec.positive_only, c->symmetric, c->bits, d->q.group};
+        const struct naive_grid grid = {c->spec.rule, c->spec.positive_only, c->symmetric, c->bits,
+                                        d->q.group};
         naive_scale(w, n, &grid, &scale, &zero);
         if (!(got == scale) || zero_of(d, row, g) != zero)
-            fail_msg("%s: row %d group %d: scale %.9g zero %d, expected %.9g %d", kernel_case_text(c), (int)row,
-                     (int)g, got, zero_of(d, row, g), scale, zero);
+            fail_msg("%s: row %d group %d: scale %.9g zero %d, expected %.9g %d", kernel_case_text(c),
+                     (int)row, (int)g, got, zero_of(d, row, g), scale, zero);
         return;
     }
     /* subnormal and huge squares leave FP32, in which candidates are ranked */
-    const double error = naive_error(w, n, got, zero_of(d, row, g), c->bits), least = least_candidate(w, n, c);
+    const double error = naive_error(w, n, got, zero_of(d, row, g), c->bits),
+                 least = least_candidate(w, n, c);
     if (least > 1e-30 && least < 1e30 && !(error <= least * (1 + 1e-4)))
-        fail_msg("%s: row %d group %d: error %.9g, a candidate has %.9g", kernel_case_text(c), (int)row, (int)g,
-                 error, least);
+        fail_msg("%s: row %d group %d: error %.9g, a candidate has %.9g", kernel_case_text(c), (int)row,
+                 (int)g, error, least);
     const struct naive_grid range = {SCALE_RANGE, c->spec.positive_only, c->symmetric, c->bits, d->q.group};
     naive_scale(w, n, &range, &scale, &zero);
     const double plain = naive_error(w, n, scale, zero, c->bits);
     if (!(error <= plain * (1 + 1e-5)))
-        fail_msg("%s: row %d group %d: mse error %.9g, range has %.9g", kernel_case_text(c), (int)row, (int)g, error,
-                 plain);
+        fail_msg("%s: row %d group %d: mse error %.9g, range has %.9g", kernel_case_text(c), (int)row, (int)g,
+                 error, plain);
 }
 
 /* Codes and restored weights of one row, under the scales that the kernel found. */
@@ -223,7 +240,9 @@ static void test_pack_undoes_unpack(void **state)
             const int64_t n_words = (cols * bits + 31) / 32, groups = (cols + 31) / 32;
             struct qmat q = {.packed = {words, DTYPE_I32, 1, n_words, n_words},
                              .scales = {scales, DTYPE_BF16, 1, groups, groups},
-                             .bits = bits, .group = 32, .cols = cols};
+                             .bits = bits,
+                             .group = 32,
+                             .cols = cols};
             const struct mat m = {w, DTYPE_F32, 1, cols, cols};
             for (int64_t i = 0; i < n_words; i++)
                 words[i] = (uint32_t)support_random(&seed);
@@ -244,7 +263,8 @@ static void test_pack_undoes_unpack(void **state)
 static void test_nonfinite(void **state)
 {
     (void)state;
-    static const uint16_t bf16_bad[] = {0x7f80, 0xff80, 0x7fc0, 0xffff}, f16_bad[] = {0x7c00, 0xfc00, 0x7e01, 0xfdff};
+    static const uint16_t bf16_bad[] = {0x7f80, 0xff80, 0x7fc0, 0xffff},
+                          f16_bad[] = {0x7c00, 0xfc00, 0x7e01, 0xfdff};
     static const int64_t places[] = {0, 5, 4095, 4096, 4500};
     uint16_t w[2 * 5000];
     for (int f16 = 0; f16 < 2; f16++)
@@ -321,13 +341,21 @@ static void test_refusals(void **state)
     uint32_t word;
     float w[4] = {0};
     const struct mat bad = {ints, DTYPE_I32, 1, 4, 4}, good = {w, DTYPE_F32, 1, 4, 4};
-    struct qmat q = {.packed = {&word, DTYPE_I32, 1, 1, 1}, .scales = {&scale, DTYPE_BF16, 1, 1, 1},
-                     .bits = 4, .group = 4, .cols = 4};
+    struct qmat q = {.packed = {&word, DTYPE_I32, 1, 1, 1},
+                     .scales = {&scale, DTYPE_BF16, 1, 1, 1},
+                     .bits = 4,
+                     .group = 4,
+                     .cols = 4};
     int64_t index;
     struct backend none;
     assert_error(cpu.quant->quantize(&bad, &q), ERR_UNSUPPORTED, "quantize: dtype I32");
     assert_error(cpu.quant->dequantize(&q, &bad), ERR_UNSUPPORTED, "dequantize: to I32");
     assert_error(cpu.core->find_nonfinite(&bad, &index), ERR_UNSUPPORTED, "find_nonfinite: dtype I32");
+    q.group = 3;
+    q.scales.cols = 2;
+    assert_error(cpu.quant->quantize(&good, &q), ERR_UNSUPPORTED, "groups of 3 columns");
+    q.group = 4;
+    q.scales.cols = 1;
     q.bits = 3;
     assert_error(cpu.quant->quantize(&good, &q), ERR_UNSUPPORTED, "3 bits");
     assert_error(backend_open(&none, "abacus", 1), ERR_UNSUPPORTED, "abacus");
@@ -373,7 +401,10 @@ static void check_ct_pack(struct json v)
         scales[i] = 0x3f80;
     const struct mat m = {w, DTYPE_F32, rows, cols, cols};
     struct qmat q = {.packed = {packed, DTYPE_I32, rows, per_row, per_row},
-                     .scales = {scales, DTYPE_BF16, rows, 1, 1}, .bits = bits, .group = cols, .cols = cols};
+                     .scales = {scales, DTYPE_BF16, rows, 1, 1},
+                     .bits = bits,
+                     .group = cols,
+                     .cols = cols};
     if (!along_rows) {
         assert_ok(cpu.quant->quantize(&m, &q));
     } else { /* zero points: test_cut holds the writer against naive_pack */
@@ -411,7 +442,9 @@ static void check_ct_grid(struct json v)
     struct qmat q = {.packed = {packed, DTYPE_I32, rows, per_row, per_row},
                      .scales = {scales, DTYPE_BF16, rows, groups, groups},
                      .zeros = {symmetric ? NULL : zero, DTYPE_I8, rows, groups, groups},
-                     .bits = bits, .group = group, .cols = cols};
+                     .bits = bits,
+                     .group = group,
+                     .cols = cols};
     assert_ok(cpu.quant->find_scales(&m, &(struct scale_spec){SCALE_ABSMAX, false}, &q));
     assert_ok(cpu.quant->quantize(&m, &q));
     for (int64_t i = 0; i < rows * groups; i++) {
@@ -452,5 +485,5 @@ int main(void)
         cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_compressed_tensors),
     };
-    return cmocka_run_group_tests(tests, open_backend, NULL);
+    return cmocka_run_group_tests(tests, open_backend, close_backend);
 }

@@ -6,8 +6,14 @@
 #include "tests/unit/tiny_gemma.h"
 
 /* 96 = 3 · 32; the MLP's 4352 = 17 · 256 */
-static const struct tiny_gemma model = {.hidden = 96, .ffn = 4352, .vocab = 64, .layers = 3, .heads = 4,
-                                        .kv_heads = 2, .head_dim = 64, .dtype = DTYPE_BF16};
+static const struct tiny_gemma model = {.hidden = 96,
+                                        .ffn = 4352,
+                                        .vocab = 64,
+                                        .layers = 3,
+                                        .heads = 4,
+                                        .kv_heads = 2,
+                                        .head_dim = 64,
+                                        .dtype = DTYPE_BF16};
 static struct gemma_config config;
 static struct gemma_tensors tensors;
 static char warnings[2048];
@@ -61,12 +67,13 @@ static const struct linear_plan *find(const struct recipe_plan *plan, int layer,
 }
 
 /* bits 0: kept in 16 bits */
-static void check_linear(const struct recipe_plan *plan, int layer, enum gemma_role role, int bits, int64_t group)
+static void check_linear(const struct recipe_plan *plan, int layer, enum gemma_role role, int bits,
+                         int64_t group)
 {
     const struct linear_plan *l = find(plan, layer, role);
     if (l->quantized != (bits > 0) || (bits && (l->scheme.bits != bits || l->scheme.group != group)))
-        fail_msg("%s: quantized %d, %d bits, group %d; expected %d bits, group %d", l->tensor->name, l->quantized,
-                 l->scheme.bits, (int)l->scheme.group, bits, (int)group);
+        fail_msg("%s: quantized %d, %d bits, group %d; expected %d bits, group %d", l->tensor->name,
+                 l->quantized, l->scheme.bits, (int)l->scheme.group, bits, (int)group);
 }
 
 static void check_all(const struct recipe_plan *plan, int bits, int64_t group)
@@ -196,9 +203,9 @@ static void test_ragged(void **state)
     struct recipe r = g32;
     r.scheme.group = 128;
     resolve(&plan, &r);
-    check_linear(&plan, 0, GEMMA_Q, 4, 32);    /* 96 columns */
+    check_linear(&plan, 0, GEMMA_Q, 4, 32); /* 96 columns */
     check_linear(&plan, 0, GEMMA_GATE, 4, 32);
-    check_linear(&plan, 0, GEMMA_O, 4, 128);   /* 256 columns */
+    check_linear(&plan, 0, GEMMA_O, 4, 128); /* 256 columns */
     check_linear(&plan, 0, GEMMA_DOWN, 4, 128);
     assert_non_null(strstr(warnings, "groups of 128 do not divide the width of 15 linears"));
     recipe_plan_free(&plan);
@@ -256,8 +263,9 @@ static void check_described(const struct recipe *r, struct quant_config *q)
         char *module = gemma_module(l->tensor);
         struct quant_scheme s = {0};
         const int rc = quant_config_match(q, module, &s);
-        if (rc != (int)l->quantized || (rc == 1 && (s.bits != l->scheme.bits || s.symmetric != l->scheme.symmetric ||
-                                                    s.group != l->scheme.group)))
+        if (rc != (int)l->quantized ||
+            (rc == 1 &&
+             (s.bits != l->scheme.bits || s.symmetric != l->scheme.symmetric || s.group != l->scheme.group)))
             fail_msg("%s is described as %d: %d bits, group %d", module, rc, s.bits, (int)s.group);
         free(module);
     }
@@ -337,16 +345,23 @@ static void test_written(void **state)
     (void)state;
     static const char *const ignore[] = {"*.q_proj"};
     struct recipe_override override = {(char[]){"*.o_proj"}, {8, true, 0}};
-    const struct recipe r = {.method = "rtn", .scheme = {4, false, 64}, .scales = {SCALE_MSE, true},
-                             .ragged = RAGGED_KEEP, .ignore = ignore, .n_ignore = 1, .overrides = &override,
-                             .n_overrides = 1, .allow_nonfinite = true};
+    const struct recipe r = {.method = "rtn",
+                             .scheme = {4, false, 64},
+                             .scales = {SCALE_MSE, true},
+                             .ragged = RAGGED_KEEP,
+                             .ignore = ignore,
+                             .n_ignore = 1,
+                             .overrides = &override,
+                             .n_overrides = 1,
+                             .allow_nonfinite = true};
     struct text t = {0};
     recipe_write(&r, &t);
     assert_ok(text_finish(&t));
-    assert_string_equal(t.data, "{\"method\": \"rtn\", \"scheme\": \"w4a16-asym\", \"group_size\": 64, \"scales\": "
-                                "\"mse\", \"scale_sign\": \"positive\", \"ragged\": \"keep\", \"ignore\": "
-                                "[\"*.q_proj\"], \"only\": [], \"override\": [{\"glob\": \"*.o_proj\", \"scheme\": "
-                                "\"w8a16\", \"group_size\": \"channel\"}], \"allow_nonfinite\": true}");
+    assert_string_equal(t.data,
+                        "{\"method\": \"rtn\", \"scheme\": \"w4a16-asym\", \"group_size\": 64, \"scales\": "
+                        "\"mse\", \"scale_sign\": \"positive\", \"ragged\": \"keep\", \"ignore\": "
+                        "[\"*.q_proj\"], \"only\": [], \"override\": [{\"glob\": \"*.o_proj\", \"scheme\": "
+                        "\"w8a16\", \"group_size\": \"channel\"}], \"allow_nonfinite\": true}");
     text_free(&t);
 }
 

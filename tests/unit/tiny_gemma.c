@@ -5,8 +5,14 @@
 #include "tests/unit/naive.h"
 #include "tests/unit/support.h"
 
-const struct tiny_gemma tiny_gemma_plain = {.hidden = 256, .ffn = 4352, .vocab = 1100, .layers = 2, .heads = 4,
-                                            .kv_heads = 2, .head_dim = 64, .dtype = DTYPE_BF16};
+const struct tiny_gemma tiny_gemma_plain = {.hidden = 256,
+                                            .ffn = 4352,
+                                            .vocab = 1100,
+                                            .layers = 2,
+                                            .heads = 4,
+                                            .kv_heads = 2,
+                                            .head_dim = 64,
+                                            .dtype = DTYPE_BF16};
 
 static const char *const torch_names[] = {
     [DTYPE_BF16] = "bfloat16", [DTYPE_F16] = "float16", [DTYPE_F32] = "float32"};
@@ -33,8 +39,8 @@ void tiny_gemma_tensors(const struct tiny_gemma *g, struct gemma_config *cfg, st
     hf_config_close(&config);
 }
 
-static void write_tensor(const struct tiny_gemma *g, const struct writer *w, size_t id, const struct gemma_tensor *t,
-                         uint64_t *seed)
+static void write_tensor(const struct tiny_gemma *g, const struct writer *w, size_t id,
+                         const struct gemma_tensor *t, uint64_t *seed)
 {
     const int64_t n = t->shape[0] * (t->n_dims == 2 ? t->shape[1] : 1);
     const size_t size = dtype_bytes(g->dtype);
@@ -55,8 +61,9 @@ static void write_tensor(const struct tiny_gemma *g, const struct writer *w, siz
 
 void tiny_gemma_write(const struct tiny_gemma *g, const char *folder)
 {
-    static const char *const beside[] = {"tokenizer.json", "generation_config.json", "chat_template.jinja", "LICENSE",
-                                         "model.bin", "other.index.json", ".hidden.json"};
+    static const char *const beside[] = {
+        "tokenizer.json", "generation_config.json", "chat_template.jinja", "LICENSE",
+        "model.bin",      "other.index.json",       ".hidden.json"};
     struct gemma_config cfg;
     struct gemma_tensors tensors;
     struct writer *w;
