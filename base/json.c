@@ -184,8 +184,8 @@ size_t json_count(struct json container)
 
 int json_as_int(struct json v, int64_t min, int64_t max, int64_t *out)
 {
-    /* 2^53: beyond it a double no longer tells neighbours apart */
-    const double exact = 9007199254740992.0;
+    /* 2^53 − 1: beyond it a double no longer tells neighbours apart */
+    const double exact = 9007199254740991.0;
     if (!json_is_number(v))
         return json_error(v, "is not a number");
     const double d = v.node->valuedouble;

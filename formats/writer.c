@@ -216,9 +216,10 @@ int writer_begin(struct writer *w)
 
 int writer_put(const struct writer *w, size_t id, uint64_t offset, const void *data, size_t n)
 {
+    CHECK(id < w->n_entries);
     const struct entry *e = &w->entries[id];
     const struct shard *s = &w->shards[e->shard];
-    CHECK(id < w->n_entries && offset <= e->bytes && n <= e->bytes - offset);
+    CHECK(offset <= e->bytes && n <= e->bytes - offset);
     const uint64_t at = s->header_bytes + e->offset + offset;
     const int rc = file_pwrite(s->fd, data, n, at, s->path);
     /* Starts the disk now, so that little is left for the flush at the end. Advice only: its failure is no news. */

@@ -206,8 +206,8 @@ static void report_ragged(const struct recipe_plan *plan, const struct recipe *r
         example = example ? example : l->tensor->name;
     }
     if (smaller + kept)
-        log_warn("groups of %lld do not divide the width of %zu linears (first: %s): %zu get a smaller group, "
-                 "%zu stay in 16 bits", (long long)r->scheme.group, smaller + kept, example, smaller, kept);
+        log_warn("the group size does not divide the width of %zu linears (first: %s): %zu get a smaller group, %zu "
+                 "stay in 16 bits", smaller + kept, example, smaller, kept);
     if (r->scheme.group == 256)
         log_warn("groups of 256 have no fast kernel in vLLM");
 }

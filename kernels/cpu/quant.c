@@ -86,7 +86,9 @@ static struct choice plain_choice(struct extremes e, const struct scale_spec *sp
                                   bool symmetric, float shrink)
 {
     if (!symmetric) { /* both rules: the whole range of the group over the whole range of codes */
-        const float scale = storable_scale((e.high - e.low) * shrink / (r.high - r.low));
+        const float width = e.high - e.low, steps = r.high - r.low;
+        const float step = width <= FLT_MAX ? width * shrink / steps : e.high * shrink / steps - e.low * shrink / steps;
+        const float scale = storable_scale(step);
         const float zero = rintf(r.low - e.low * shrink / scale);
         return (struct choice){scale, fminf(fmaxf(zero, r.low), r.high)};
     }

@@ -168,18 +168,14 @@ def token_beyond_vocabulary(tmp):
 
 
 @tests.case
-def chat(tmp):
+def chat_and_images(tmp):
     plain, turn = generate("-n", 4), generate("-n", 4, "--chat")
     system = generate("-n", 4, "--chat", "--system", "Be brief.")
     assert plain["prompt_tokens"] < turn["prompt_tokens"] < system["prompt_tokens"]
     by_hand = f"<start_of_turn>user\n{PROMPT}<end_of_turn>\n<start_of_turn>model\n"
     assert generate("-n", 4, prompt=by_hand)["tokens"] == turn["tokens"], "not the template of Gemma 3"
     refused("--system", "Be brief.", code=2, words=["--chat"])
-
-
-@tests.case
-def images(tmp):
-    refused("--image", "cat.png", words=["images are not supported"])
+    refused("--chat", "--image", "cat.png", words=["images are not supported"])
 
 
 @tests.case

@@ -81,11 +81,12 @@ class Tests:
             shutil.rmtree(self.folder)
             raise SystemExit(stderr)
 
-    def case(self, f):
+    def case(self, f, *makers):
+        """f(its folder, what each maker returns)"""
         tmp = self.folder / f.__name__
         tmp.mkdir()
         try:
-            f(tmp)
+            f(tmp, *(make() for make in makers))
             self.passed += 1
             print(f"ok      {f.__name__}", flush=True)
         except AssertionError as e:

@@ -53,7 +53,7 @@ for dialect in hub model; do
     cut_and_load "mm-$dialect-cut" "$tmp/mm-$dialect"
 done
 logits range $tiny --ids 700 # two pieces of prefill
-logits asym $tiny
+logits w8-channel $tiny
 logits mixed $tiny
 logits mm-hub-cut "$tmp/mm-hub"
 behaviour range $tiny --text data/eval/prose.txt
