@@ -283,7 +283,12 @@ CPU_CLONES static void dequantize_row_bf16(const struct qmat *q, const struct ma
         const int64_t n = min64(q->cols - col, PART);
         dequantize_part(q, row, col, n, x);
         uint16_t *h = (uint16_t *)out->data + row * out->stride + col;
-        for (int64_t i = 0; i < n; i++)
+        int64_t i = 0;
+        for (; i + LANES <= n; i += LANES) {
+            const vhalf narrow = __builtin_convertvector((vuint)vload(x + i) >> 16, vhalf);
+            memcpy(h + i, &narrow, sizeof narrow);
+        }
+        for (; i < n; i++)
             h[i] = (uint16_t)(half_bits(x[i]) >> 16);
     }
 }

@@ -88,8 +88,8 @@ def scale_unusable(tmp, m):
     at = 3 * m.header[SCALES]["shape"][1] + 2
     for bits in (0, 0x8000, 0x7fc0, 0xff80):     # 0, -0, NaN, -infinity
         m.put(SCALES, 2 * at, struct.pack("<H", bits))
-        caught_both_ways(write(m, tmp / f"{bits:x}"), SCALES, word="1 unusable scales (zero, subnormal, infinite or NaN), "
-                         "the first at row 3, group 2")
+        caught_both_ways(write(m, tmp / f"{bits:x}"), SCALES,
+                         word="1 unusable scales (zero, subnormal, infinite or NaN), the first at row 3, group 2")
 
 
 @tests.case

@@ -27,7 +27,9 @@ cut_and_load() { # cut_and_load NAME MODEL [OPTION…]
     local name=$1 model=$2
     shift 2
     check "$name: cut" "$gemcut" quantize "$model" "$tmp/$name" -q "$@"
-    check "$name: verify" "$gemcut" verify "$tmp/$name" --against "$model"
+    local run=(--windows 2 --length 64)
+    [ -e "$model/tokenizer.json" ] || run=(--no-run)
+    check "$name: verify" "$gemcut" verify "$tmp/$name" --against "$model" "${run[@]}"
     check "$name: transformers + compressed-tensors" "$python" tests/interop/test_compressed_tensors.py "$model" "$tmp/$name"
 }
 logits() { # logits NAME MODEL [OPTION…]: our forward pass against transformers'

@@ -100,8 +100,8 @@ def check_logits(what, limit, ours, model, ids):
     norm, delta = np.linalg.norm(theirs, axis=1), np.linalg.norm(mine - theirs, axis=1)
     error, rows = np.linalg.norm(delta) / np.linalg.norm(norm), delta / norm
     top = (mine.argmax(1) == theirs.argmax(1)).sum()
-    check(what, error <= limit, f"relative error {error:.2e} of {limit:g}, worst row {rows.argmax()}: {rows.max():.2e}, "
-          f"top-1 equal in {top} of {len(ids)}")
+    check(what, error <= limit, f"relative error {error:.2e}, allowed {limit:g}, worst row {rows.argmax()}: "
+          f"{rows.max():.2e}, top-1 equal in {top} of {len(ids)}")
 
 
 @torch.no_grad()
