@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 static void *out_of_memory(size_t count, size_t size, const char *what)
 {
@@ -29,6 +30,21 @@ void *mem_alloc_aligned(size_t bytes, const char *what)
         return out_of_memory(1, bytes, what);
     void *p = aligned_alloc(align, bytes ? (bytes + align - 1) / align * align : align);
     return p ? p : out_of_memory(1, bytes, what);
+}
+
+void *mem_alloc_huge(size_t bytes, const char *what)
+{
+    const size_t page = 2u << 20;
+    if (bytes < page)
+        return mem_alloc_aligned(bytes, what);
+    if (bytes > SIZE_MAX - page)
+        return out_of_memory(1, bytes, what);
+    const size_t whole = (bytes + page - 1) / page * page;
+    void *p = aligned_alloc(page, whole);
+    if (!p)
+        return out_of_memory(1, bytes, what);
+    madvise(p, whole, MADV_HUGEPAGE); /* a wish: small pages serve as well */
+    return p;
 }
 
 int mem_grow(void *array, size_t *capacity, size_t need, size_t size, const char *what)

@@ -13,6 +13,9 @@ void *mem_alloc(size_t count, size_t size, const char *what);
 /* As mem_alloc, aligned to 64 bytes and not zeroed: for bulk data that vector code walks over. */
 void *mem_alloc_aligned(size_t bytes, const char *what);
 
+/* As mem_alloc_aligned, on huge pages where the system grants them: for weights that are streamed again and again. */
+void *mem_alloc_huge(size_t bytes, const char *what);
+
 /* Grows *array to hold at least `need` objects of `size` bytes, doubling *capacity; 0 or ERR_MEMORY. */
 int mem_grow(void *array, size_t *capacity, size_t need, size_t size, const char *what);
 

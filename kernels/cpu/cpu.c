@@ -39,7 +39,7 @@ void cpu_close(struct backend *b)
 static int acquire(const struct backend *b, size_t bytes, const char *what, struct buf *out)
 {
     (void)b;
-    *out = (struct buf){mem_alloc_aligned(bytes, what), bytes};
+    *out = (struct buf){mem_alloc_huge(bytes, what), bytes};
     return out->ptr ? 0 : ERR_MEMORY;
 }
 

@@ -9,7 +9,8 @@
 
 enum {
     FEW_ROWS = 4,      /* up to this many rows of x are multiplied by streaming w */
-    STREAM_ROWS = 64,  /* rows of w that a task streams */
+    STREAM_TASKS = 16, /* tasks that w's rows are shared out to, when streamed; more where they would get … */
+    STREAM_ROWS = 512, /* … more rows than this */
     MAX_PANEL = 256,   /* rows of w in a panel */
     MANY_PANELS = 16,  /* with fewer of them, x is cut into runs of RUN rows too, so that every thread has work */
     RUN = 256,
@@ -20,8 +21,8 @@ struct gemm_job {
     const struct mat *x, *out;
     const struct mat *w;   /* one of the two */
     const struct qmat *q;
-    int64_t panel, n_panels, run; /* rows of w, and of x, in a task */
-    const float *ordered; /* x in the order of stream_nibbles_v4, where that is used */
+    int64_t panel, n_panels, run; /* rows of w in a task; such panels; rows of x in a task */
+    const float *ordered; /* x in the order of stream_nibbles_v4 or stream_pairs, where one of them is used */
 };
 
 /* --- panels for OpenBLAS ---------------------------------------------------------------------------------------- */
@@ -63,37 +64,48 @@ static int panel_task(void *ctx, size_t index, int worker)
 
 /* --- streaming -------------------------------------------------------------------------------------------------- */
 
-/* Dot products of one row of BF16 weights with the n rows of x; inlined for n = 1, where sums stay in registers. */
-CPU_INLINE void stream_bf16_rows(const struct mat *x, int64_t n, const uint16_t *w, float *out, int64_t stride)
+/* Two BF16 weights in a 32-bit word: the even column in its low half, the odd one in its high half, which as a float is
+ * that weight already once the low half is cleared. x is brought into that order beforehand: [cols/32][2][16]. */
+enum { PAIRS = 2 * LANES };
+
+static void order_for_pairs(const struct mat *x, float *out)
+{
+    for (int64_t c = 0; c < x->cols; c++)
+        out[c / PAIRS * PAIRS + c % 2 * LANES + c % PAIRS / 2] = ((const float *)x->data)[c];
+}
+
+/* The dot product of one row of weights with one ordered row of x. */
+CPU_CLONES static float stream_pairs(const float *x, const uint16_t *w, int64_t cols)
+{
+    vfloat even = {0}, odd = {0};
+    for (int64_t c = 0; c < cols; c += PAIRS) {
+        vuint words;
+        memcpy(&words, w + c, sizeof words);
+        even += (vfloat)(words << 16) * vload(x + c);
+        odd += (vfloat)(words & 0xffff0000) * vload(x + c + LANES);
+    }
+    return vsum(even + odd);
+}
+
+/* Dot products of one row of BF16 weights with every row of x. */
+CPU_CLONES static void stream_bf16(const struct mat *x, const uint16_t *w, float *out, int64_t stride)
 {
     const int64_t cols = x->cols;
-    vfloat sum[FEW_ROWS] = {{0}}, second[FEW_ROWS] = {{0}};
+    vfloat sum[FEW_ROWS] = {{0}};
     int64_t c = 0;
-    for (; c + 2 * LANES <= cols; c += 2 * LANES) {
-        vhalf h[2];
-        memcpy(h, w + c, sizeof h);
-        const vfloat v0 = (vfloat)(__builtin_convertvector(h[0], vuint) << 16);
-        const vfloat v1 = (vfloat)(__builtin_convertvector(h[1], vuint) << 16);
-        for (int64_t r = 0; r < n; r++) {
-            const float *row = (const float *)x->data + r * x->stride + c;
-            sum[r] += v0 * vload(row);
-            second[r] += v1 * vload(row + LANES);
-        }
+    for (; c + LANES <= cols; c += LANES) {
+        vhalf h;
+        memcpy(&h, w + c, sizeof h);
+        const vfloat v = (vfloat)(__builtin_convertvector(h, vuint) << 16);
+        for (int64_t r = 0; r < x->rows; r++)
+            sum[r] += v * vload((const float *)x->data + r * x->stride + c);
     }
-    for (int64_t r = 0; r < n; r++) {
-        float s = vsum(sum[r] + second[r]);
+    for (int64_t r = 0; r < x->rows; r++) {
+        float s = vsum(sum[r]);
         for (int64_t k = c; k < cols; k++)
             s += half_from_bf16(w[k]) * ((const float *)x->data)[r * x->stride + k];
         out[r * stride] = s;
     }
-}
-
-CPU_CLONES static void stream_bf16(const struct mat *x, const uint16_t *w, float *out, int64_t stride)
-{
-    if (x->rows == 1)
-        stream_bf16_rows(x, 1, w, out, stride);
-    else
-        stream_bf16_rows(x, x->rows, w, out, stride);
 }
 
 /* A group of 4-bit weights has 16 different values: bf16((code − 8 − zero)·scale). */
@@ -182,18 +194,21 @@ CPU_CLONES static void stream_floats(const struct mat *x, const float *w, int64_
 static int stream_task(void *ctx, size_t index, int worker)
 {
     const struct gemm_job *j = ctx;
-    const int64_t rows = j->out->cols, cols = j->x->cols, first = (int64_t)index * STREAM_ROWS;
-    const int64_t end = rows - first < STREAM_ROWS ? rows : first + STREAM_ROWS;
+    const int64_t rows = j->out->cols, cols = j->x->cols, first = (int64_t)index * j->panel;
+    const int64_t end = rows - first < j->panel ? rows : first + j->panel;
     float *scratch = j->state->scratch[worker];
     for (int64_t row = first; row < end; row++) {
         float *out = (float *)j->out->data + row;
-        if (j->ordered) {
+        const uint16_t *bf16 = j->w && j->w->dtype == DTYPE_BF16 ? (const uint16_t *)j->w->data + row * j->w->stride : NULL;
+        if (j->ordered && j->q) {
             stream_nibbles_v4(j, row);
+        } else if (j->ordered) {
+            *out = stream_pairs(j->ordered, bf16, cols);
         } else if (j->q) {
             cpu_dequantize_rows(j->q, row, 1, scratch);
             stream_floats(j->x, scratch, cols, out, j->out->stride);
-        } else if (j->w->dtype == DTYPE_BF16) {
-            stream_bf16(j->x, (const uint16_t *)j->w->data + row * j->w->stride, out, j->out->stride);
+        } else if (bf16) {
+            stream_bf16(j->x, bf16, out, j->out->stride);
         } else {
             widen_rows(j->w, row, 1, scratch);
             stream_floats(j->x, scratch, cols, out, j->out->stride);
@@ -210,13 +225,19 @@ static bool has_avx512(void)
 
 static int stream(struct gemm_job *j)
 {
-    /* the streaming tasks of packed weights need no scratch memory, so the first thread's holds x */
+    /* tasks on such weights need no scratch memory, so the first thread's holds x */
+    if (j->w && j->w->dtype == DTYPE_BF16 && j->x->rows == 1 && j->x->cols % PAIRS == 0) {
+        order_for_pairs(j->x, j->state->scratch[0]);
+        j->ordered = j->state->scratch[0];
+    }
     if (j->q && j->q->bits == 4 && j->q->group % BLOCK == 0 && j->q->cols % BLOCK == 0 && has_avx512() &&
         j->x->rows * j->x->cols <= CPU_SCRATCH_BYTES / 4) {
         order_for_nibbles(j->x, j->state->scratch[0]);
         j->ordered = j->state->scratch[0];
     }
-    return parallel_for(j->state->pool, (size_t)((j->out->cols + STREAM_ROWS - 1) / STREAM_ROWS), stream_task, j);
+    const int64_t share = (j->out->cols + STREAM_TASKS - 1) / STREAM_TASKS;
+    j->panel = share < STREAM_ROWS ? share : STREAM_ROWS;
+    return parallel_for(j->state->pool, (size_t)((j->out->cols + j->panel - 1) / j->panel), stream_task, j);
 }
 
 static int run(const struct backend *b, struct gemm_job *j)

@@ -73,7 +73,7 @@ static void measure_bounds(struct parallel *pool, double *flops, double *bytes)
     struct bound t = {.a = mem_alloc_aligned(M * K * sizeof(float), "bench"),
                       .b = mem_alloc_aligned(N * K * sizeof(float), "bench"),
                       .c = mem_alloc_aligned(workers * M * N * sizeof(float), "bench")};
-    uint64_t *memory = mem_alloc_aligned(READ_BYTES, "bench");
+    uint64_t *memory = mem_alloc_huge(READ_BYTES, "bench");
     CHECK(t.a && t.b && t.c && memory && workers <= 64);
     fill(t.a, M * K);
     fill(t.b, N * K);
