@@ -84,22 +84,6 @@ static int prompt_text(const struct args *a, struct text *out)
     return rc;
 }
 
-/* Ids that the model's embedding does not have, and those that stand for a picture. */
-static int check_ids(const struct runnable *r, const struct token_list *ids)
-{
-    const int32_t image = tokenizer_token_id(r->tokenizer, "<start_of_image>");
-    const int32_t soft = tokenizer_token_id(r->tokenizer, "<image_soft_token>");
-    for (size_t i = 0; i < ids->n; i++) {
-        if (ids->ids[i] == image || ids->ids[i] == soft)
-            return err_set(ERR_UNSUPPORTED, "the prompt holds the token %s: images are not supported",
-                           tokenizer_token_name(r->tokenizer, ids->ids[i]));
-        if (ids->ids[i] >= r->weights.embedding.rows)
-            return err_set(ERR_FORMAT, "%s: the prompt has token %d, the model's vocabulary ends at %lld: the tokenizer "
-                           "is not this model's", r->model->folder, ids->ids[i], (long long)r->weights.embedding.rows);
-    }
-    return 0;
-}
-
 static int make_prompt(const struct args *a, const struct runnable *r, struct token_list *ids)
 {
     struct text text = {0};
@@ -110,12 +94,7 @@ static int make_prompt(const struct args *a, const struct runnable *r, struct to
     if (!rc)
         rc = tokenizer_encode(r->tokenizer, text.data, text.len, true, ids);
     text_free(&text);
-    if (!rc)
-        rc = check_ids(r, ids);
-    const int64_t context = r->model->gemma.max_positions;
-    if (!rc && (int64_t)ids->n > context)
-        rc = err_set(ERR_USAGE, "the prompt has %zu tokens, the model's context is %lld", ids->n, (long long)context);
-    return rc;
+    return rc ? rc : run_check_prompt(r, ids);
 }
 
 /* --- writing ------------------------------------------------------------------------------------------------------ */

@@ -341,9 +341,11 @@ int checkpoint_hash_all(const struct checkpoint *ck, struct parallel *pool, stru
         rc = plan_hashes(&job, n_workers, &n_buffers);
     if (!rc)
         rc = parallel_for(pool, job.first_task[ck->n_tensors], hash_task, &job);
-    for (size_t i = 0; !rc && i < ck->n_tensors; i++)
-        hashes[i] = tensor_hash_combine(job.pieces + job.first_piece[i],
-                                        job.first_piece[i + 1] - job.first_piece[i]);
+    for (size_t i = 0; !rc && i < ck->n_tensors; i++) {
+        const struct tensor *t = &ck->tensors[i];
+        rc = tensor_hash_combine(job.pieces + job.first_piece[i], job.first_piece[i + 1] - job.first_piece[i], t->dtype,
+                                 t->n_dims, t->shape, &hashes[i]);
+    }
     for (size_t i = 0; i < n_buffers; i++)
         free(job.buffers[i]);
     free(job.buffers);

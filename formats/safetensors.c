@@ -248,7 +248,19 @@ int64_t tensor_piece_rows(int64_t cols, enum dtype dtype)
     return (int64_t)rows;
 }
 
-struct hash128 tensor_hash_combine(const struct hash128 *pieces, size_t n)
+int tensor_hash_combine(const struct hash128 *pieces, size_t n, enum dtype dtype, int n_dims, const int64_t *shape,
+                        struct hash128 *out)
 {
-    return hash_bytes(pieces, n * sizeof *pieces);
+    char kind[TENSOR_TEXT_BYTES];
+    tensor_text(dtype, n_dims, shape, kind);
+    const size_t bytes = n * sizeof *pieces, kind_bytes = strlen(kind);
+    char *all = mem_alloc(bytes + kind_bytes, 1, "tensor hashes");
+    if (!all)
+        return ERR_MEMORY;
+    if (n)
+        memcpy(all, pieces, bytes);
+    memcpy(all + bytes, kind, kind_bytes);
+    *out = hash_bytes(all, bytes + kind_bytes);
+    free(all);
+    return 0;
 }

@@ -375,18 +375,19 @@ static int begin_item(struct item *it)
     return ERR_MEMORY;
 }
 
-/* Writes a whole small tensor and returns its hash. */
-static int put_whole(struct pipeline *p, size_t id, const void *data, int64_t rows, int64_t cols, enum dtype dtype,
-                     struct hash128 *hash)
+/* Writes a whole small tensor and returns its hash. shape: rows and columns, or columns alone. */
+static int put_whole(struct pipeline *p, size_t id, const void *data, enum dtype dtype, int n_dims,
+                     const int64_t *shape, struct hash128 *hash)
 {
+    const int64_t rows = n_dims == 2 ? shape[0] : 1, cols = shape[n_dims - 1];
     const size_t n = (size_t)n_pieces(rows, tensor_piece_rows(cols, dtype));
     struct hash128 *pieces = mem_alloc(n, sizeof *pieces, "tensor hashes");
     if (!pieces)
         return ERR_MEMORY;
     hash_rows(data, cols, dtype, 0, rows, pieces);
-    *hash = tensor_hash_combine(pieces, n);
+    const int rc = tensor_hash_combine(pieces, n, dtype, n_dims, shape, hash);
     free(pieces);
-    return writer_put(p->writer, id, 0, data, (size_t)(rows * cols) * dtype_bytes(dtype));
+    return rc ? rc : writer_put(p->writer, id, 0, data, (size_t)(rows * cols) * dtype_bytes(dtype));
 }
 
 /* Zero points on disk: packed along the rows, 32/bits of them in a word, as q + 2^(bits−1). */
@@ -403,7 +404,7 @@ static int put_zeros(struct pipeline *p, struct item *it, struct hash128 *hash)
         for (int64_t g = 0; g < groups; g++)
             words[r / per_word * groups + g] |= (((uint32_t)it->zeros[r * groups + g] + offset) & mask)
                                                 << r % per_word * s.bits;
-    const int rc = put_whole(p, it->zero_id, words, word_rows, groups, DTYPE_I32, hash);
+    const int rc = put_whole(p, it->zero_id, words, DTYPE_I32, 2, (int64_t[]){word_rows, groups}, hash);
     free(words);
     return rc;
 }
@@ -424,10 +425,12 @@ static int finish_linear(struct pipeline *p, struct item *it, struct hash128 sou
     cut->source_hash = source_hash;
     cut->error = reference > 0 ? sqrt(error / reference) : 0;
     cut->n_nonfinite = it->n_nonfinite;
-    out[0].hash = tensor_hash_combine(it->packed_pieces, packed_pieces);
-    int rc = put_whole(p, it->scale_id, it->scales, rows, groups, DTYPE_BF16, &out[1].hash);
+    int rc = tensor_hash_combine(it->packed_pieces, packed_pieces, DTYPE_I32, 2,
+                                 (int64_t[]){rows, quant_packed_cols(s, cols)}, &out[0].hash);
     if (!rc)
-        rc = put_whole(p, it->shape_id, (int64_t[]){rows, cols}, 1, 2, DTYPE_I64, &out[2].hash);
+        rc = put_whole(p, it->scale_id, it->scales, DTYPE_BF16, 2, (int64_t[]){rows, groups}, &out[1].hash);
+    if (!rc)
+        rc = put_whole(p, it->shape_id, (int64_t[]){rows, cols}, DTYPE_I64, 1, (int64_t[]){2}, &out[2].hash);
     if (!rc && !s.symmetric)
         rc = put_zeros(p, it, &out[3].hash);
     return rc;
@@ -435,13 +438,13 @@ static int finish_linear(struct pipeline *p, struct item *it, struct hash128 sou
 
 static int finish_item(struct pipeline *p, struct item *it)
 {
-    const int64_t piece_rows = tensor_piece_rows(tensor_cols(it->source), it->source->dtype);
-    const struct hash128 hash =
-        tensor_hash_combine(it->source_pieces, (size_t)n_pieces(tensor_rows(it->source), piece_rows));
-    int rc = 0;
-    if (it->linear)
+    const struct tensor *t = it->source;
+    const size_t n = t->bytes ? (size_t)n_pieces(tensor_rows(t), tensor_piece_rows(tensor_cols(t), t->dtype)) : 0;
+    struct hash128 hash;
+    int rc = tensor_hash_combine(it->source_pieces, n, t->dtype, t->n_dims, t->shape, &hash);
+    if (!rc && it->linear)
         rc = finish_linear(p, it, hash);
-    else
+    else if (!rc)
         p->written[it->written].hash = hash;
     release_state(it);
     return rc;
@@ -517,7 +520,7 @@ int pipeline_run(struct pipeline *p, struct parallel *pool, const char *device, 
     /* tensors without a single element have no task, but a hash all the same */
     for (size_t i = 0; !rc && i < p->n_items; i++)
         if (!p->items[i].n_tasks)
-            p->written[p->items[i].written].hash = tensor_hash_combine(NULL, 0);
+            rc = finish_item(p, &p->items[i]);
     for (size_t i = 0; p->workers && i < n_workers; i++) {
         if (p->workers[i].open)
             backend_close(&p->workers[i].backend);

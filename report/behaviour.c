@@ -219,6 +219,8 @@ int likelihood_measure(struct likelihood *out, const struct weights *w, const st
         rc = run_windows(&m, on_window, ctx);
     if (!rc)
         *out = likelihood_of(&m, NLL_A);
+    if (!rc && !isfinite(out->nll))
+        rc = err_set(ERR_FORMAT, "the model's logits are not finite: damaged weights?");
     close_measurement(&m);
     return rc;
 }

@@ -14,6 +14,8 @@ int runnable_open(struct runnable *r, const struct model *m, const struct backen
     *r = (struct runnable){.model = m};
     char *path = file_join(m->folder, "tokenizer.json");
     int rc = path ? tokenizer_open(&r->tokenizer, path) : ERR_MEMORY;
+    if (rc < 0 && path && !file_exists(path))
+        rc = err_set(ERR_IO, "%s: No such file; without a tokenizer the model cannot be run", path);
     free(path);
     if (!rc)
         rc = weights_load(&r->weights, m, b);
@@ -51,6 +53,24 @@ int run_windows_of(struct windows *out, const struct runnable *r, const char *pa
     return rc;
 }
 
+int run_check_prompt(const struct runnable *r, const struct token_list *ids)
+{
+    const int32_t image = tokenizer_token_id(r->tokenizer, "<start_of_image>");
+    const int32_t soft = tokenizer_token_id(r->tokenizer, "<image_soft_token>");
+    const int64_t context = r->model->gemma.max_positions;
+    if ((int64_t)ids->n > context)
+        return err_set(ERR_USAGE, "the prompt has %zu tokens, the model's context is %lld", ids->n, (long long)context);
+    for (size_t i = 0; i < ids->n; i++) {
+        if (ids->ids[i] == image || ids->ids[i] == soft)
+            return err_set(ERR_UNSUPPORTED, "the prompt holds the token %s: images are not supported",
+                           tokenizer_token_name(r->tokenizer, ids->ids[i]));
+        if (ids->ids[i] >= r->weights.embedding.rows)
+            return err_set(ERR_FORMAT, "%s: the prompt has token %d, the model's vocabulary ends at %lld: the tokenizer "
+                           "is not this model's", r->model->folder, ids->ids[i], (long long)r->weights.embedding.rows);
+    }
+    return 0;
+}
+
 struct continuation {
     struct token_stream stream;
     struct text text;
@@ -75,9 +95,13 @@ int run_continuation(char **out, const struct runnable *r, const char *prompt, i
     token_stream_init(&c.stream, r->tokenizer, true);
     int rc = tokenizer_encode(r->tokenizer, prompt, strlen(prompt), true, &ids);
     if (!rc)
-        rc = generate_stop_ids(&stop, r->model);
+        rc = run_check_prompt(r, &ids);
     if (!rc)
-        rc = forward_open(&f, &r->weights, (int64_t)ids.n + n, 512 < (int64_t)ids.n + n ? 512 : (int64_t)ids.n + n);
+        rc = generate_stop_ids(&stop, r->model);
+    const int64_t context = r->model->gemma.max_positions, wanted = (int64_t)ids.n + n;
+    const int64_t positions = wanted < context ? wanted : context;
+    if (!rc)
+        rc = forward_open(&f, &r->weights, positions, positions < 512 ? positions : 512);
     if (!rc)
         rc = generate_run(f, &r->weights, ids.ids, (int64_t)ids.n, n, &greedy, &stop, on_token, &c, &result);
     if (!rc)

@@ -19,6 +19,10 @@ void runnable_close(struct runnable *r);
 /* Windows of text for a model: the file at `path`, or with NULL the text that ships with gemcut. */
 int run_windows_of(struct windows *out, const struct runnable *r, const char *path, int64_t length, int64_t n);
 
+/* Refuses a prompt that the model cannot be given: longer than its context, with ids that its embedding does not
+ * have, or with those that stand for a picture. */
+int run_check_prompt(const struct runnable *r, const struct token_list *ids);
+
 /* The prompt continued by n tokens, most likely first, as text in fresh memory. */
 int run_continuation(char **out, const struct runnable *r, const char *prompt, int64_t n);
 

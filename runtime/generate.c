@@ -159,6 +159,9 @@ static int decode(struct forward *f, const struct weights *w, struct mat last, i
         struct row_comparison row;
         if ((rc = w->backend->core->compare_rows(w->backend, &logits, NULL, &id, &row)) < 0)
             return rc;
+        if (!isfinite(row.nll_a))
+            return err_set(ERR_FORMAT, "the model's logits are not finite after %lld tokens: damaged weights?",
+                           (long long)forward_position(f));
         if (is_stop(stop, id)) {
             result->end = GENERATE_STOP_ID;
             return 0;

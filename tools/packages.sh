@@ -27,4 +27,4 @@ need_packages() {
     as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 }
 
-build_packages=(gcc libc6-dev make cmake pkg-config libcjson-dev libxxhash-dev libopenblas-serial-dev)
+build_packages=(gcc libc6-dev make cmake pkg-config libcjson-dev libxxhash-dev libopenblas-pthread-dev)

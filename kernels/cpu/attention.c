@@ -3,8 +3,8 @@
 #include "kernels/cpu/cpu.h"
 
 #include "base/err.h"
+#include "kernels/cpu/blas.h"
 
-#include <cblas.h>
 #include <math.h>
 
 enum { QUERIES = 64 }; /* queries a task takes, fewer where that many rows of scores do not fit */
@@ -57,8 +57,7 @@ static int attention_task(void *ctx, size_t index, int worker)
     const float *q = (const float *)j->q->data + row * j->q->stride + head * d;
     const float *k = (const float *)j->keys->data + from * j->keys->stride + kv_head * d;
     const float *v = (const float *)j->values->data + from * j->values->stride + kv_head * d;
-    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (int)n, (int)width, (int)d, 1, q, (int)j->q->stride, k,
-                (int)j->keys->stride, 0, scores, (int)width);
+    blas_sgemm(true, (int)n, (int)width, (int)d, q, (int)j->q->stride, k, (int)j->keys->stride, scores, (int)width);
     for (int64_t r = 0; r < n; r++) {
         const int64_t position = first + r;
         const int64_t begin = a->window && position - a->window + 1 > from ? position - a->window + 1 - from : 0;
@@ -67,9 +66,8 @@ static int attention_task(void *ctx, size_t index, int worker)
         for (int64_t i = 0; i < begin; i++)
             s[i] = 0;
     }
-    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (int)n, (int)d, (int)width, 1, scores, (int)width, v,
-                (int)j->values->stride, 0, (float *)j->out->data + row * j->out->stride + head * d,
-                (int)j->out->stride);
+    blas_sgemm(false, (int)n, (int)d, (int)width, scores, (int)width, v, (int)j->values->stride,
+               (float *)j->out->data + row * j->out->stride + head * d, (int)j->out->stride);
     return 0;
 }
 
@@ -85,6 +83,9 @@ int cpu_attention(const struct backend *b, const struct attention_spec *spec, co
     if (fitting < 1)
         return err_set(ERR_UNSUPPORTED, "attention: %lld positions, expected at most %d", (long long)positions,
                        CPU_SCRATCH_BYTES / 4 - QUERIES);
+    const int rc = blas_load();
+    if (rc < 0)
+        return rc;
     struct attention_job j = {.state = cpu_state(b), .spec = spec, .q = q, .keys = keys, .values = values, .out = out,
                               .run = fitting < QUERIES ? fitting : QUERIES};
     j.n_runs = (q->rows + j.run - 1) / j.run;

@@ -4,7 +4,6 @@
 #include "base/err.h"
 #include "base/mem.h"
 
-#include <cblas.h>
 #include <stdlib.h>
 
 int cpu_open(struct backend *b, int n_threads)
@@ -13,7 +12,6 @@ int cpu_open(struct backend *b, int n_threads)
     if (!s)
         return ERR_MEMORY;
     b->state = s;
-    openblas_set_num_threads(1); /* our tiles go to our threads; OpenBLAS's results vary with its thread count */
     int rc = parallel_open(&s->pool, n_threads);
     if (!rc && !(s->scratch = mem_alloc((size_t)parallel_workers(s->pool), sizeof *s->scratch, "scratch memory")))
         rc = ERR_MEMORY;

@@ -4,8 +4,7 @@
 #include "kernels/cpu/cpu.h"
 
 #include "base/err.h"
-
-#include <cblas.h>
+#include "kernels/cpu/blas.h"
 
 enum {
     FEW_ROWS = 4,      /* up to this many rows of x are multiplied by streaming w */
@@ -56,9 +55,8 @@ static int panel_task(void *ctx, size_t index, int worker)
     } else {
         widen_rows(j->w, row, n, panel);
     }
-    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (int)m, (int)n, (int)cols, 1,
-                (const float *)j->x->data + from * j->x->stride, (int)j->x->stride, b, (int)stride, 0,
-                (float *)j->out->data + from * j->out->stride + row, (int)j->out->stride);
+    blas_sgemm(true, (int)m, (int)n, (int)cols, (const float *)j->x->data + from * j->x->stride, (int)j->x->stride, b,
+               (int)stride, (float *)j->out->data + from * j->out->stride + row, (int)j->out->stride);
     return 0;
 }
 
@@ -254,6 +252,9 @@ static int run(const struct backend *b, struct gemm_job *j)
         return 0;
     if (j->x->rows <= FEW_ROWS)
         return stream(j);
+    const int rc = blas_load();
+    if (rc < 0)
+        return rc;
     j->n_panels = (rows + j->panel - 1) / j->panel;
     j->run = j->n_panels < MANY_PANELS ? RUN : j->x->rows;
     const int64_t n_runs = (j->x->rows + j->run - 1) / j->run;

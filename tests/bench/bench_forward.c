@@ -5,10 +5,10 @@
 #include "base/err.h"
 #include "base/mem.h"
 #include "base/parallel.h"
+#include "kernels/cpu/blas.h"
 #include "kernels/cpu/cpu.h"
 #include "runtime/forward.h"
 
-#include <cblas.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -29,7 +29,7 @@ static int sgemm_task(void *ctx, size_t index, int worker)
 {
     (void)worker;
     const struct bound *t = ctx;
-    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, M, N, K, 1, t->a, K, t->b, K, 0, t->c + index * M * N, N);
+    blas_sgemm(true, M, N, K, t->a, K, t->b, K, t->c + index * M * N, N);
     return 0;
 }
 
@@ -80,6 +80,7 @@ static void measure_bounds(struct parallel *pool, double *flops, double *bytes)
     for (size_t i = 0; i < READ_BYTES / sizeof *memory; i++)
         memory[i] = i;
     t.memory = memory;
+    CHECK(blas_load() == 0);
     *flops = 2.0 * M * N * K * (double)workers / best_of(pool, workers, sgemm_task, &t);
     *bytes = READ_BYTES / best_of(pool, 64, read_task, &t);
     free(t.a);

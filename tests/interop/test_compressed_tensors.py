@@ -138,7 +138,9 @@ def run(a):
     check("dtypes and shapes are as the format and the config say", [f"{m} {f}" for m, f in faults.items() if f])
     if not any(faults.values()):
         check_codec(parts, schemes)
-        check_loaded(a.cut, architecture, parts, schemes, plain)
+        # compressed-tensors 0.20 does not expect zero points packed when it prepares the model for such a load
+        if all(s.weights.symmetric for s in schemes.values()):
+            check_loaded(a.cut, architecture, parts, schemes, plain)
         # transformers 5.24 takes the first group's scheme for every dense layer here (get_dense_scheme)
         if len(quantization["config_groups"]) == 1:
             check_loaded(a.cut, architecture, parts, schemes, plain,

@@ -1,0 +1,16 @@
+/* The one product that OpenBLAS computes for us. The library is loaded when the first product needs it, because its
+ * own threads, which we never use, spin when it is loaded: that made quantizing a small model a quarter slower. */
+#ifndef GEMCUT_KERNELS_CPU_BLAS_H
+#define GEMCUT_KERNELS_CPU_BLAS_H
+
+#include <stdbool.h>
+
+/* Loads OpenBLAS, once; ERR_UNSUPPORTED when it is not there. Before blas_sgemm, from a thread that works alone. */
+int blas_load(void);
+
+/* c [m, n] = a [m, k] · b, b: [k, n], or [n, k] when transpose_b. Row-major, strides lda, ldb, ldc. Runs on the calling
+ * thread; several threads may call it at once. */
+void blas_sgemm(bool transpose_b, int m, int n, int k, const float *a, int lda, const float *b, int ldb, float *c,
+                int ldc);
+
+#endif
