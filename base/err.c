@@ -62,14 +62,22 @@ const char *err_message(void)
 const char *err_name(int code)
 {
     switch (code) {
-    case ERR_OK: return "ok";
-    case ERR_USAGE: return "usage";
-    case ERR_IO: return "io";
-    case ERR_FORMAT: return "format";
-    case ERR_MEMORY: return "memory";
-    case ERR_UNSUPPORTED: return "unsupported";
-    case ERR_INTERRUPTED: return "interrupted";
-    default: return "unknown";
+    case ERR_OK:
+        return "ok";
+    case ERR_USAGE:
+        return "usage";
+    case ERR_IO:
+        return "io";
+    case ERR_FORMAT:
+        return "format";
+    case ERR_MEMORY:
+        return "memory";
+    case ERR_UNSUPPORTED:
+        return "unsupported";
+    case ERR_INTERRUPTED:
+        return "interrupted";
+    default:
+        return "unknown";
     }
 }
 

@@ -24,7 +24,8 @@ static size_t find_foreign(const char *text, size_t len)
     if (len >= 3 && !memcmp(text, "\xef\xbb\xbf", 3))
         return 0;
     size_t i = 0;
-    while (i < len && ((unsigned char)text[i] >= 0x20 || text[i] == '\t' || text[i] == '\n' || text[i] == '\r'))
+    while (i < len &&
+           ((unsigned char)text[i] >= 0x20 || text[i] == '\t' || text[i] == '\n' || text[i] == '\r'))
         i++;
     return i;
 }
@@ -34,8 +35,8 @@ int json_parse(struct json_doc **out, const char *text, size_t len, const char *
     *out = NULL;
     const size_t foreign = find_foreign(text, len);
     if (foreign < len)
-        return err_set(ERR_FORMAT, "%s: not JSON: byte 0x%02x at offset %zu", name, (unsigned char)text[foreign],
-                       foreign);
+        return err_set(ERR_FORMAT, "%s: not JSON: byte 0x%02x at offset %zu", name,
+                       (unsigned char)text[foreign], foreign);
     const char *end = NULL;
     cJSON *root = cJSON_ParseWithLengthOpts(text, len, &end, 0);
     size_t at = end ? (size_t)(end - text) : 0;

@@ -29,15 +29,17 @@ int windows_make(struct windows *w, const struct tokenizer *t, const char *text,
     int rc = tokenizer_encode(t, text, len, false, &tokens);
     for (size_t i = 0; !rc && i < tokens.n; i++)
         if (tokens.ids[i] >= n_tokens_max)
-            rc = err_set(ERR_FORMAT, "%s: has the token %d, the model's vocabulary ends at %lld: the tokenizer is not "
-                         "this model's", name, tokens.ids[i], (long long)n_tokens_max);
+            rc = err_set(ERR_FORMAT,
+                         "%s: has the token %d, the model's vocabulary ends at %lld: the tokenizer is not "
+                         "this model's",
+                         name, tokens.ids[i], (long long)n_tokens_max);
     if (!rc) {
         w->n = tokens.n / ((size_t)length - 1);
         if (max_windows && w->n > max_windows)
             w->n = max_windows;
         rc = w->n ? fill(w, t, &tokens)
-                  : err_set(ERR_USAGE, "%s: has %zu tokens, expected at least %lld for one window", name, tokens.n,
-                            (long long)length - 1);
+                  : err_set(ERR_USAGE, "%s: has %zu tokens, expected at least %lld for one window", name,
+                            tokens.n, (long long)length - 1);
     }
     token_list_free(&tokens);
     if (rc < 0)

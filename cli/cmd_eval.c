@@ -17,31 +17,62 @@ struct args {
 static const char *const tasks[] = {"ppl", NULL};
 
 static const struct opt_arg positional[] = {
-    {.name = "MODEL", .offset = OPT_OFFSET(struct args, model, const char *),
+    {.name = "MODEL",
+     .offset = OPT_OFFSET(struct args, model, const char *),
      .help = "a BF16 model or a cut: a folder, or org/name in the Hugging Face cache"},
 };
 
 static const struct opt options[] = {
-    {.name = "tasks", OPT_TO_CHOICE(struct args, task), .value = "TASK", .choices = tasks, .initial = "ppl",
+    {.name = "tasks",
+     OPT_TO_CHOICE(struct args, task),
+     .value = "TASK",
+     .choices = tasks,
+     .initial = "ppl",
      .help = "ppl: perplexity on text"},
-    {.name = "text", OPT_TO_STRING(struct args, text), .value = "FILE",
-     .initial_note = "English prose that ships with gemcut", .help = "UTF-8 text"},
-    {.name = "windows", OPT_TO_INT(struct args, windows), .value = "N", .initial = "8", .min = 0, .max = 1000000,
+    {.name = "text",
+     OPT_TO_STRING(struct args, text),
+     .value = "FILE",
+     .initial_note = "English prose that ships with gemcut",
+     .help = "UTF-8 text"},
+    {.name = "windows",
+     OPT_TO_INT(struct args, windows),
+     .value = "N",
+     .initial = "8",
+     .min = 0,
+     .max = 1000000,
      .help = "pieces of text, each run by itself; 0 = all there are"},
-    {.name = "length", OPT_TO_INT(struct args, length), .value = "N", .initial = "1024", .min = 2, .max = 1000000,
+    {.name = "length",
+     OPT_TO_INT(struct args, length),
+     .value = "N",
+     .initial = "1024",
+     .min = 2,
+     .max = 1000000,
      .help = "tokens of a window, <bos> included"},
     {OPT_SECTION("Machine")},
-    {.name = "device", OPT_TO_STRING(struct args, device), .value = "DEVICE", .initial = "auto", .help = "auto or cpu"},
-    {.name = "threads", OPT_TO_INT(struct args, threads), .value = "N", .min = 0, .max = 1024, .initial = "0",
+    {.name = "device",
+     OPT_TO_STRING(struct args, device),
+     .value = "DEVICE",
+     .initial = "auto",
+     .help = "auto or cpu"},
+    {.name = "threads",
+     OPT_TO_INT(struct args, threads),
+     .value = "N",
+     .min = 0,
+     .max = 1024,
+     .initial = "0",
      .help = "0 = one for each processor; the result is the same with any number"},
     OUTPUT_OPTS(struct args, output),
 };
 
 static const struct opt_spec spec = {
     .command = "gemcut eval",
-    .summary = "Measures a model. Perplexity: e to the mean negative log-likelihood of every token of a window after "
-               "<bos>.",
-    .args = positional, .n_args = 1, .opts = options, .n_opts = sizeof options / sizeof *options,
+    .summary =
+        "Measures a model. Perplexity: e to the mean negative log-likelihood of every token of a window after "
+        "<bos>.",
+    .args = positional,
+    .n_args = 1,
+    .opts = options,
+    .n_opts = sizeof options / sizeof *options,
 };
 
 static void on_window(void *ctx, size_t window)
@@ -56,8 +87,8 @@ static int print_likelihood(const struct args *a, const struct likelihood *l)
     if (!output_json()) {
         text_printf(&out, "perplexity  %.4f (95 %%: %.3f … %.3f), %.5f nats a token\n", l->perplexity,
                     l->perplexity_low, l->perplexity_high, l->nll);
-        text_printf(&out, "text        %s: %zu windows of %lld tokens\n", a->text ? a->text : "built-in prose",
-                    l->n_windows, (long long)a->length);
+        text_printf(&out, "text        %s: %zu windows of %lld tokens\n",
+                    a->text ? a->text : "built-in prose", l->n_windows, (long long)a->length);
         return output_print(&out);
     }
     output_json_begin(&out, a->device, NULL);
@@ -93,20 +124,10 @@ int cmd_eval(int argc, char **argv)
     int rc = cmd_begin(&spec, argc, argv, &a, &a.output);
     if (rc)
         return rc;
-    struct model m = {0};
-    struct backend b = {0};
-    struct runnable r = {0};
-    rc = backend_open(&b, a.device, (int)a.threads);
+    struct session s;
+    rc = session_open(&s, a.model, a.device, (int)a.threads);
     if (!rc)
-        rc = model_open(&m, a.model);
-    if (!rc)
-        rc = model_bind(&m, NULL, NULL);
-    if (!rc)
-        rc = runnable_open(&r, &m, &b);
-    if (!rc)
-        rc = measure(&a, &r);
-    runnable_close(&r);
-    model_close(&m);
-    backend_close(&b);
+        rc = measure(&a, &s.runnable);
+    session_close(&s);
     return rc;
 }

@@ -21,32 +21,80 @@ struct args {
 };
 
 static const struct opt_arg positional[] = {
-    {.name = "MODEL", .offset = OPT_OFFSET(struct args, model, const char *),
+    {.name = "MODEL",
+     .offset = OPT_OFFSET(struct args, model, const char *),
      .help = "a BF16 model or a cut: a folder, or org/name in the Hugging Face cache"},
 };
 
 static const struct opt options[] = {
-    {.name = "prompt", .letter = 'p', OPT_TO_STRING(struct args, prompt), .value = "TEXT",
+    {.name = "prompt",
+     .letter = 'p',
+     OPT_TO_STRING(struct args, prompt),
+     .value = "TEXT",
      .help = "what to continue, or with --chat the user's message; \"\" starts from <bos> alone"},
-    {.name = "file", .letter = 'f', OPT_TO_STRING(struct args, file), .value = "FILE", .help = "read the prompt from a file"},
+    {.name = "file",
+     .letter = 'f',
+     OPT_TO_STRING(struct args, file),
+     .value = "FILE",
+     .help = "read the prompt from a file"},
     {.name = "chat", OPT_TO_FLAG(struct args, chat), .help = "wrap the prompt in the model's chat format"},
-    {.name = "system", OPT_TO_STRING(struct args, system), .value = "TEXT", .help = "system message, with --chat"},
+    {.name = "system",
+     OPT_TO_STRING(struct args, system),
+     .value = "TEXT",
+     .help = "system message, with --chat"},
     {.name = "image", OPT_TO_STRING(struct args, image), .value = "FILE", .hidden = true, .help = ""},
-    {.name = "tokens", .letter = 'n', OPT_TO_INT(struct args, tokens), .value = "N", .initial = "128", .min = 0,
-     .max = 1000000, .help = "most tokens to write"},
-    {.name = "ignore-eos", OPT_TO_FLAG(struct args, ignore_eos), .help = "go on after the model ends its text"},
+    {.name = "tokens",
+     .letter = 'n',
+     OPT_TO_INT(struct args, tokens),
+     .value = "N",
+     .initial = "128",
+     .min = 0,
+     .max = 1000000,
+     .help = "most tokens to write"},
+    {.name = "ignore-eos",
+     OPT_TO_FLAG(struct args, ignore_eos),
+     .help = "go on after the model ends its text"},
     {OPT_SECTION("Sampling")},
-    {.name = "temperature", OPT_TO_DOUBLE(struct args, temperature), .value = "X", .initial = "1", .low = 0, .high = 100,
+    {.name = "temperature",
+     OPT_TO_DOUBLE(struct args, temperature),
+     .value = "X",
+     .initial = "1",
+     .low = 0,
+     .high = 100,
      .help = "0 = always the most likely token"},
-    {.name = "top-k", OPT_TO_INT(struct args, top_k), .value = "N", .initial = "64", .min = 0, .max = INT32_MAX,
+    {.name = "top-k",
+     OPT_TO_INT(struct args, top_k),
+     .value = "N",
+     .initial = "64",
+     .min = 0,
+     .max = INT32_MAX,
      .help = "choose among the N most likely tokens; 0 = all"},
-    {.name = "top-p", OPT_TO_DOUBLE(struct args, top_p), .value = "X", .initial = "0.95", .low = 0, .high = 1,
+    {.name = "top-p",
+     OPT_TO_DOUBLE(struct args, top_p),
+     .value = "X",
+     .initial = "0.95",
+     .low = 0,
+     .high = 1,
      .help = "and of those among the likeliest that hold this share"},
-    {.name = "seed", OPT_TO_INT(struct args, seed), .value = "N", .initial = "0", .min = 0, .max = INT64_MAX,
+    {.name = "seed",
+     OPT_TO_INT(struct args, seed),
+     .value = "N",
+     .initial = "0",
+     .min = 0,
+     .max = INT64_MAX,
      .help = "same seed, same text"},
     {OPT_SECTION("Machine")},
-    {.name = "device", OPT_TO_STRING(struct args, device), .value = "DEVICE", .initial = "auto", .help = "auto or cpu"},
-    {.name = "threads", OPT_TO_INT(struct args, threads), .value = "N", .min = 0, .max = 1024, .initial = "0",
+    {.name = "device",
+     OPT_TO_STRING(struct args, device),
+     .value = "DEVICE",
+     .initial = "auto",
+     .help = "auto or cpu"},
+    {.name = "threads",
+     OPT_TO_INT(struct args, threads),
+     .value = "N",
+     .min = 0,
+     .max = 1024,
+     .initial = "0",
      .help = "0 = one for each processor; the text is the same with any number"},
     OUTPUT_OPTS(struct args, output),
 };
@@ -54,7 +102,10 @@ static const struct opt options[] = {
 static const struct opt_spec spec = {
     .command = "gemcut generate",
     .summary = "Runs a model, BF16 or cut, and prints what it writes as it is written.",
-    .args = positional, .n_args = 1, .opts = options, .n_opts = sizeof options / sizeof *options,
+    .args = positional,
+    .n_args = 1,
+    .opts = options,
+    .n_opts = sizeof options / sizeof *options,
     .epilogue = "Examples:\n"
                 "  gemcut generate cut -p \"The capital of France is\" --temperature 0\n"
                 "  gemcut generate cut --chat -p \"Why is the sky blue?\"\n",
@@ -88,7 +139,8 @@ static int make_prompt(const struct args *a, const struct runnable *r, struct to
 {
     struct text text = {0};
     if (a->chat && tokenizer_token_id(r->tokenizer, "<start_of_turn>") < 0)
-        return err_set(ERR_UNSUPPORTED, "%s: the tokenizer has no <start_of_turn>: this model has no chat format",
+        return err_set(ERR_UNSUPPORTED,
+                       "%s: the tokenizer has no <start_of_turn>: this model has no chat format",
                        r->model->folder);
     int rc = prompt_text(a, &text);
     if (!rc)
@@ -175,8 +227,8 @@ static int finish_text(struct writing *w, const struct generate_result *g)
 
 static int write_text(const struct args *a, const struct runnable *r, const struct token_list *ids)
 {
-    const struct sampling s = {.temperature = a->temperature, .top_k = a->top_k, .top_p = a->top_p,
-                               .seed = (uint64_t)a->seed};
+    const struct sampling s = {
+        .temperature = a->temperature, .top_k = a->top_k, .top_p = a->top_p, .seed = (uint64_t)a->seed};
     const int64_t context = r->model->gemma.max_positions, n = (int64_t)ids->n;
     const int64_t positions = a->tokens < context - n ? n + a->tokens : context;
     struct stop_ids stop = {0};
@@ -218,24 +270,14 @@ int cmd_generate(int argc, char **argv)
         return err_set(ERR_USAGE, "expected a prompt: either --prompt TEXT or --file FILE");
     if (a.system && !a.chat)
         return err_set(ERR_USAGE, "--system needs --chat");
-    struct model m = {0};
-    struct backend b = {0};
-    struct runnable r = {0};
+    struct session s;
     struct token_list ids = {0};
-    rc = backend_open(&b, a.device, (int)a.threads);
+    rc = session_open(&s, a.model, a.device, (int)a.threads);
     if (!rc)
-        rc = model_open(&m, a.model);
+        rc = make_prompt(&a, &s.runnable, &ids);
     if (!rc)
-        rc = model_bind(&m, NULL, NULL);
-    if (!rc)
-        rc = runnable_open(&r, &m, &b);
-    if (!rc)
-        rc = make_prompt(&a, &r, &ids);
-    if (!rc)
-        rc = write_text(&a, &r, &ids);
+        rc = write_text(&a, &s.runnable, &ids);
     token_list_free(&ids);
-    runnable_close(&r);
-    model_close(&m);
-    backend_close(&b);
+    session_close(&s);
     return rc;
 }

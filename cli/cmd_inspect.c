@@ -24,9 +24,9 @@ struct contents {
     struct share shares[4 * N_DTYPES];
     size_t n_shares;
     uint64_t bytes;
-    int64_t parameters;              /* elements of the unpacked model */
-    int64_t quantized;               /* of them, in quantized linears */
-    uint64_t quantized_bytes;        /* what those take: codes, scales, zero points, shapes */
+    int64_t parameters;       /* elements of the unpacked model */
+    int64_t quantized;        /* of them, in quantized linears */
+    uint64_t quantized_bytes; /* what those take: codes, scales, zero points, shapes */
 };
 
 static const char *part_of(const struct model *m, const char *name)
@@ -87,11 +87,13 @@ static void describe_layers(const struct model *m, struct text *out)
                 g->family->title, *m->config.architecture ? m->config.architecture : m->config.model_type,
                 (long long)g->n_layers, (long long)sliding, (long long)g->sliding_window,
                 (long long)(g->n_layers - sliding));
-    text_printf(out, "sizes         hidden %lld, MLP %lld, %lld heads and %lld key/value heads of %lld, vocabulary %lld\n",
-                (long long)g->hidden_size, (long long)g->intermediate_size, (long long)g->n_heads,
-                (long long)g->n_kv_heads, (long long)g->head_dim, (long long)g->vocab_size);
-    text_printf(out, "context       %lld tokens, RoPE %.0f global, %.0f in windows", (long long)g->max_positions,
-                g->rope_theta, g->rope_local_theta);
+    text_printf(
+        out,
+        "sizes         hidden %lld, MLP %lld, %lld heads and %lld key/value heads of %lld, vocabulary %lld\n",
+        (long long)g->hidden_size, (long long)g->intermediate_size, (long long)g->n_heads,
+        (long long)g->n_kv_heads, (long long)g->head_dim, (long long)g->vocab_size);
+    text_printf(out, "context       %lld tokens, RoPE %.0f global, %.0f in windows",
+                (long long)g->max_positions, g->rope_theta, g->rope_local_theta);
     if (g->rope_factor != 1)
         text_printf(out, ", positions divided by %g", g->rope_factor);
     text_add(out, "\n");
@@ -142,8 +144,8 @@ static int describe_record(const struct model *m, struct text *out)
 
 static int describe_shares(const struct contents *c, struct text *out)
 {
-    static const struct human_column columns[] = {
-        {"part", false}, {"dtype", false}, {"tensors", true}, {"elements", true}, {"size", true}, {"share", true}};
+    static const struct human_column columns[] = {{"part", false},    {"dtype", false}, {"tensors", true},
+                                                  {"elements", true}, {"size", true},   {"share", true}};
     struct human_table table = {.columns = columns, .n_columns = 6};
     for (size_t i = 0; i < c->n_shares; i++) {
         const struct share *s = &c->shares[i];
@@ -162,7 +164,8 @@ static int describe_shares(const struct contents *c, struct text *out)
 
 static int list_tensors(const struct model *m, struct text *out)
 {
-    static const struct human_column columns[] = {{"tensor", false}, {"dtype and shape", false}, {"size", true}};
+    static const struct human_column columns[] = {
+        {"tensor", false}, {"dtype and shape", false}, {"size", true}};
     struct human_table table = {.columns = columns, .n_columns = 3};
     char text[TENSOR_TEXT_BYTES];
     for (size_t i = 0; i < m->checkpoint.n_tensors; i++) {
@@ -182,9 +185,9 @@ static int describe(const struct model *m, bool tensors, struct text *out)
     const struct contents c = count_contents(m);
     text_printf(out, "model         %s\n", m->folder);
     describe_layers(m, out);
-    text_printf(out, "parameters    %.1f million in %zu tensors, %zu file%s, %s\n", (double)c.parameters / 1e6,
-                m->checkpoint.n_tensors, m->checkpoint.n_files, m->checkpoint.n_files == 1 ? "" : "s",
-                human_bytes(c.bytes).s);
+    text_printf(out, "parameters    %.1f million in %zu tensors, %zu file%s, %s\n",
+                (double)c.parameters / 1e6, m->checkpoint.n_tensors, m->checkpoint.n_files,
+                m->checkpoint.n_files == 1 ? "" : "s", human_bytes(c.bytes).s);
     describe_quantization(m, &c, out);
     int rc = describe_record(m, out);
     if (!rc)
@@ -275,7 +278,8 @@ struct args {
 };
 
 static const struct opt_arg positional[] = {
-    {.name = "MODEL", .offset = OPT_OFFSET(struct args, model, const char *),
+    {.name = "MODEL",
+     .offset = OPT_OFFSET(struct args, model, const char *),
      .help = "a folder with config.json and *.safetensors, or org/name in the Hugging Face cache"},
 };
 
@@ -287,7 +291,10 @@ static const struct opt options[] = {
 static const struct opt_spec spec = {
     .command = "gemcut inspect",
     .summary = "Shows what a checkpoint holds: architecture, sizes, types, quantization.",
-    .args = positional, .n_args = 1, .opts = options, .n_opts = sizeof options / sizeof *options,
+    .args = positional,
+    .n_args = 1,
+    .opts = options,
+    .n_opts = sizeof options / sizeof *options,
 };
 
 int cmd_inspect(int argc, char **argv)

@@ -31,60 +31,108 @@ static const char *const scale_signs[] = {"any", "positive", NULL};
 static const char *const ragged_rules[] = {"smaller", "keep", "error", NULL};
 
 static const struct opt_arg positional[] = {
-    {.name = "MODEL", .offset = OPT_OFFSET(struct args, model, const char *),
+    {.name = "MODEL",
+     .offset = OPT_OFFSET(struct args, model, const char *),
      .help = "a folder with config.json and *.safetensors, or org/name in the Hugging Face cache"},
     {.name = "OUT", .offset = OPT_OFFSET(struct args, out, const char *), .help = "the folder to create"},
 };
 
 static const struct opt options[] = {
     {OPT_SECTION("Method")},
-    {.name = "method", OPT_TO_CHOICE(struct args, method), .choices = methods, .initial = "rtn",
+    {.name = "method",
+     OPT_TO_CHOICE(struct args, method),
+     .choices = methods,
+     .initial = "rtn",
      .help = "rtn: round to nearest, no data"},
-    {.name = "scheme", OPT_TO_CHOICE(struct args, scheme), .choices = schemes, .initial = "w4a16",
+    {.name = "scheme",
+     OPT_TO_CHOICE(struct args, scheme),
+     .choices = schemes,
+     .initial = "w4a16",
      .help = "bits of the weights (activations stay in 16), symmetric or with zero points"},
-    {.name = "group-size", OPT_TO_STRING(struct args, group_size), .value = "N", .initial = "128",
+    {.name = "group-size",
+     OPT_TO_STRING(struct args, group_size),
+     .value = "N",
+     .initial = "128",
      .help = "columns that share a scale: 32, 64, 128, 256, or channel for a whole row"},
-    {.name = "scales", OPT_TO_CHOICE(struct args, scales), .choices = scale_rules, .initial = "range",
-     .help = "range: the larger side of a group maps to the lowest code, so scales are signed; absmax: max/7.5, as "
-             "llm-compressor; mse: least squared error (usually worse on Gemma)"},
-    {.name = "scale-sign", OPT_TO_CHOICE(struct args, scale_sign), .choices = scale_signs, .initial = "any",
+    {.name = "scales",
+     OPT_TO_CHOICE(struct args, scales),
+     .choices = scale_rules,
+     .initial = "range",
+     .help =
+         "range: the larger side of a group maps to the lowest code, so scales are signed; absmax: max/7.5, as "
+         "llm-compressor; mse: least squared error (usually worse on Gemma)"},
+    {.name = "scale-sign",
+     OPT_TO_CHOICE(struct args, scale_sign),
+     .choices = scale_signs,
+     .initial = "any",
      .help = "positive: for readers that cannot take negative scales"},
-    {OPT_SECTION("Selection; globs speak of tensor names, and whole fused sets (q/k/v, gate/up) are decided alike")},
-    {.name = "ignore", OPT_TO_LIST(struct args, ignore), .value = "GLOB",
+    {OPT_SECTION(
+        "Selection; globs speak of tensor names, and whole fused sets (q/k/v, gate/up) are decided alike")},
+    {.name = "ignore",
+     OPT_TO_LIST(struct args, ignore),
+     .value = "GLOB",
      .help = "keep these linears in 16 bits"},
-    {.name = "only", OPT_TO_LIST(struct args, only), .value = "GLOB",
-     .help = "quantize these linears alone"},
-    {.name = "override", OPT_TO_LIST(struct args, overrides), .value = "GLOB=SCHEME,GROUP",
+    {.name = "only", OPT_TO_LIST(struct args, only), .value = "GLOB", .help = "quantize these linears alone"},
+    {.name = "override",
+     OPT_TO_LIST(struct args, overrides),
+     .value = "GLOB=SCHEME,GROUP",
      .help = "another scheme or group size for these linears; the last match wins"},
-    {.name = "ragged", OPT_TO_CHOICE(struct args, ragged), .choices = ragged_rules, .initial = "smaller",
-     .help = "where the group size does not divide a width: the largest smaller one that does, keep 16 bits, or error"},
-    {.name = "allow-nonfinite", OPT_TO_FLAG(struct args, allow_nonfinite),
+    {.name = "ragged",
+     OPT_TO_CHOICE(struct args, ragged),
+     .choices = ragged_rules,
+     .initial = "smaller",
+     .help =
+         "where the group size does not divide a width: the largest smaller one that does, keep 16 bits, or error"},
+    {.name = "allow-nonfinite",
+     OPT_TO_FLAG(struct args, allow_nonfinite),
      .help = "take NaN and infinite weights as 0 instead of refusing them"},
     {OPT_SECTION("Output")},
-    {.name = "shard-size", OPT_TO_SIZE(struct args, shard_size), .value = "SIZE", .initial = "5GB", .min = 1,
-     .max = INT64_MAX, .help = "largest file"},
+    {.name = "shard-size",
+     OPT_TO_SIZE(struct args, shard_size),
+     .value = "SIZE",
+     .initial = "5GB",
+     .min = 1,
+     .max = INT64_MAX,
+     .help = "largest file"},
     {.name = "overwrite", OPT_TO_FLAG(struct args, overwrite), .help = "replace OUT, if gemcut wrote it"},
     {.name = "dry-run", OPT_TO_FLAG(struct args, dry_run), .help = "show the plan and write nothing"},
-    {.name = "no-verify", OPT_TO_FLAG(struct args, no_verify), .help = "do not read the result back and compare it"},
-    {.name = "report", OPT_TO_STRING(struct args, report), .value = "FILE",
+    {.name = "no-verify",
+     OPT_TO_FLAG(struct args, no_verify),
+     .help = "do not read the result back and compare it"},
+    {.name = "report",
+     OPT_TO_STRING(struct args, report),
+     .value = "FILE",
      .help = "write the result as JSON, with every linear's error and the times"},
     {OPT_SECTION("Machine")},
-    {.name = "device", OPT_TO_STRING(struct args, device), .value = "DEVICE", .initial = "auto",
+    {.name = "device",
+     OPT_TO_STRING(struct args, device),
+     .value = "DEVICE",
+     .initial = "auto",
      .help = "auto or cpu"},
-    {.name = "threads", OPT_TO_INT(struct args, threads), .value = "N", .min = 0, .max = 1024, .initial = "0",
+    {.name = "threads",
+     OPT_TO_INT(struct args, threads),
+     .value = "N",
+     .min = 0,
+     .max = 1024,
+     .initial = "0",
      .help = "0 = one for each processor; the result is the same with any number"},
     OUTPUT_OPTS(struct args, output),
 };
 
 static const struct opt_spec spec = {
     .command = "gemcut quantize",
-    .summary = "Cuts a BF16, F16 or F32 Gemma checkpoint to 4-bit (or 8-bit) weights that vLLM and transformers load: "
-               "safetensors with compressed-tensors metadata. OUT appears whole or not at all.",
-    .args = positional, .n_args = 2, .opts = options, .n_opts = sizeof options / sizeof *options,
-    .epilogue = "Examples:\n"
-                "  gemcut quantize gemma-3-4b-it cut\n"
-                "  gemcut quantize gemma-3-4b-it cut --ignore '*.layers.0.*' --override '*down_proj=w8a16,64'\n"
-                "  gemcut quantize gemma-3-4b-it cut --dry-run\n",
+    .summary =
+        "Cuts a BF16, F16 or F32 Gemma checkpoint to 4-bit (or 8-bit) weights that vLLM and transformers load: "
+        "safetensors with compressed-tensors metadata. OUT appears whole or not at all.",
+    .args = positional,
+    .n_args = 2,
+    .opts = options,
+    .n_opts = sizeof options / sizeof *options,
+    .epilogue =
+        "Examples:\n"
+        "  gemcut quantize gemma-3-4b-it cut\n"
+        "  gemcut quantize gemma-3-4b-it cut --ignore '*.layers.0.*' --override '*down_proj=w8a16,64'\n"
+        "  gemcut quantize gemma-3-4b-it cut --dry-run\n",
 };
 
 /* --- the recipe ----------------------------------------------------------------------------------------------- */
@@ -94,8 +142,10 @@ static int make_recipe(const struct args *a, struct recipe *r)
     *r = (struct recipe){.method = methods[a->method],
                          .scales.positive_only = a->scale_sign == 1,
                          .ragged = (enum ragged_rule)a->ragged,
-                         .ignore = a->ignore.items, .n_ignore = a->ignore.n,
-                         .only = a->only.items, .n_only = a->only.n,
+                         .ignore = a->ignore.items,
+                         .n_ignore = a->ignore.n,
+                         .only = a->only.items,
+                         .n_only = a->only.n,
                          .allow_nonfinite = a->allow_nonfinite};
     int rc = recipe_parse_scheme(schemes[a->scheme], &r->scheme);
     if (!rc)
@@ -105,7 +155,8 @@ static int make_recipe(const struct args *a, struct recipe *r)
     if (!rc && !(r->overrides = mem_alloc(a->overrides.n, sizeof *r->overrides, "overrides")))
         rc = ERR_MEMORY;
     for (; !rc && r->n_overrides < a->overrides.n; r->n_overrides += !rc)
-        rc = recipe_parse_override(a->overrides.items[r->n_overrides], r->scheme, &r->overrides[r->n_overrides]);
+        rc = recipe_parse_override(a->overrides.items[r->n_overrides], r->scheme,
+                                   &r->overrides[r->n_overrides]);
     return rc;
 }
 
@@ -164,8 +215,9 @@ static int describe_plan(const struct cut *cut, const struct recipe *recipe, str
     text_printf(out, "plan     %s, ", recipe->method);
     describe_scheme(recipe->scheme, out);
     text_printf(out, ", scales %s; nothing is written\n", recipe_scales_name(recipe->scales.rule));
-    text_printf(out, "source   %s in %zu tensors, %.1f million parameters: %s\n", human_bytes(t.source_bytes).s,
-                t.n_tensors, (double)t.n_parameters / 1e6, cut_source(cut)->folder);
+    text_printf(out, "source   %s in %zu tensors, %.1f million parameters: %s\n",
+                human_bytes(t.source_bytes).s, t.n_tensors, (double)t.n_parameters / 1e6,
+                cut_source(cut)->folder);
     text_printf(out, "output   %s, %.0f %% of it\n", human_bytes(t.output_bytes).s,
                 t.source_bytes ? 100 * (double)t.output_bytes / (double)t.source_bytes : 0);
     text_printf(out, "linears  %zu quantized (%.1f million weights), %zu stay in 16 bits\n", t.n_linears,
@@ -243,8 +295,8 @@ static struct summary summarize(const struct cut *cut)
     return s;
 }
 
-static void describe_result(const struct cut *cut, const struct args *a, const struct recipe *recipe, double seconds,
-                            struct text *out)
+static void describe_result(const struct cut *cut, const struct args *a, const struct recipe *recipe,
+                            double seconds, struct text *out)
 {
     const struct cut_totals t = cut_totals(cut);
     const struct summary s = summarize(cut);
@@ -277,7 +329,8 @@ static void result_json(const struct cut *cut, const struct args *a, double seco
         json_begin_object(out);
         json_kv_string(out, "name", l[i].plan->tensor->name);
         json_kv_string(out, "scheme", recipe_scheme_name(l[i].plan->scheme));
-        json_kv_int(out, "group_size", l[i].plan->scheme.group ? l[i].plan->scheme.group : l[i].plan->tensor->shape[1]);
+        json_kv_int(out, "group_size",
+                    l[i].plan->scheme.group ? l[i].plan->scheme.group : l[i].plan->tensor->shape[1]);
         json_kv_double(out, "weight_error", l[i].error);
         json_end_object(out);
     }
@@ -348,9 +401,14 @@ int cmd_quantize(int argc, char **argv)
     if (!rc)
         rc = make_recipe(&a, &recipe);
     if (!rc) {
-        const struct cut_options job = {.model = a.model, .out = a.out, .device = a.device,
-                                        .version = GEMCUT_VERSION, .recipe = recipe, .shard_bytes = a.shard_size,
-                                        .n_workers = (int)a.threads, .overwrite = a.overwrite,
+        const struct cut_options job = {.model = a.model,
+                                        .out = a.out,
+                                        .device = a.device,
+                                        .version = GEMCUT_VERSION,
+                                        .recipe = recipe,
+                                        .shard_bytes = a.shard_size,
+                                        .n_workers = (int)a.threads,
+                                        .overwrite = a.overwrite,
                                         .skip_check = a.no_verify};
         rc = cut_open(&cut, &job);
     }

@@ -17,7 +17,8 @@ enum { WORST_SHOWN = 10, FINDINGS_SHOWN = 20 };
 
 static int by_error(const void *a, const void *b)
 {
-    const struct weight_report *x = *(const struct weight_report *const *)a, *y = *(const struct weight_report *const *)b;
+    const struct weight_report *x = *(const struct weight_report *const *)a,
+                               *y = *(const struct weight_report *const *)b;
     if (x->error != y->error)
         return x->error > y->error ? -1 : 1;
     return x < y ? -1 : 1;
@@ -48,8 +49,9 @@ static size_t count_findings(const struct verify_report *r, enum finding_kind ki
 
 static int write_worst(const struct verify_report *r, struct text *out)
 {
-    static const struct human_column columns[] = {{"worst linears", false}, {"bits", true}, {"group", true},
-                                                  {"error", true}, {"SQNR", true}, {"worst group", true}};
+    static const struct human_column columns[] = {{"worst linears", false}, {"bits", true},
+                                                  {"group", true},          {"error", true},
+                                                  {"SQNR", true},           {"worst group", true}};
     struct human_table table = {.columns = columns, .n_columns = 6};
     const struct weight_report **order = worst_first(r);
     if (!order)
@@ -86,11 +88,12 @@ static int describe(const struct verify_report *r, struct text *out)
     text_printf(out, "cut          %s\n", r->cut.folder);
     if (r->source.folder)
         text_printf(out, "against      %s\n", r->source.folder);
-    text_printf(out, "structure    %zu tensors, %zu of %zu linears quantized: %s\n", r->n_tensors, r->n_quantized,
-                r->cut.n_linears, structure ? "NOT as config.json describes" : "as config.json describes");
+    text_printf(out, "structure    %zu tensors, %zu of %zu linears quantized: %s\n", r->n_tensors,
+                r->n_quantized, r->cut.n_linears,
+                structure ? "NOT as config.json describes" : "as config.json describes");
     if (r->has_record)
-        text_printf(out, "record       %zu of %zu tensors and %zu files are as gemcut wrote them\n", r->n_recorded_equal,
-                    r->n_tensors, r->n_files_equal);
+        text_printf(out, "record       %zu of %zu tensors and %zu files are as gemcut wrote them\n",
+                    r->n_recorded_equal, r->n_tensors, r->n_files_equal);
     else
         text_add(out, "record       none (no gemcut.json): damage to codes cannot be told\n");
     if (r->n_unquantized)
@@ -98,7 +101,8 @@ static int describe(const struct verify_report *r, struct text *out)
                     r->n_unquantized);
     int rc = 0;
     if (r->mean_error == r->mean_error) {
-        text_printf(out, "weights      mean relative error %.4f, %.1f dB\n", r->mean_error, verify_sqnr(r->mean_error));
+        text_printf(out, "weights      mean relative error %.4f, %.1f dB\n", r->mean_error,
+                    verify_sqnr(r->mean_error));
         rc = write_worst(r, out);
     }
     return rc;
@@ -111,8 +115,9 @@ static void describe_result(const struct verify_report *r, struct text *out)
     text_printf(out, "\nresult       %s", r->n_findings ? "NOT OK" : "ok");
     if (r->n_findings)
         text_printf(out, ": %zu problem%s", r->n_findings, r->n_findings == 1 ? "" : "s");
-    text_add(out, !r->n_findings && !r->source.folder ? " (without --against, nothing was compared with the original)\n"
-                                                       : "\n");
+    text_add(out, !r->n_findings && !r->source.folder
+                      ? " (without --against, nothing was compared with the original)\n"
+                      : "\n");
 }
 
 /* --- JSON ----------------------------------------------------------------------------------------------------- */
@@ -139,7 +144,8 @@ static int describe_json(const struct verify_report *r, struct text *out)
         json_begin_object(out);
         json_kv_string(out, "name", w->linear->spec->name);
         json_kv_int(out, "bits", w->linear->scheme.bits);
-        json_kv_int(out, "group_size", w->linear->scheme.group ? w->linear->scheme.group : w->linear->spec->shape[1]);
+        json_kv_int(out, "group_size",
+                    w->linear->scheme.group ? w->linear->scheme.group : w->linear->spec->shape[1]);
         if (r->mean_error == r->mean_error) {
             json_kv_double(out, "weight_error", w->error);
             json_kv_double(out, "sqnr_db", verify_sqnr(w->error));
@@ -227,15 +233,19 @@ static int check_gates(const struct args *a, const struct run_report *run, struc
     const double ratio = b->cut.perplexity / b->original.perplexity;
     int rc = 0;
     if (a->max_kl >= 0 && !(b->kl_mean <= a->max_kl))
-        rc = verify_add(r, FINDING_BEHAVIOUR, "KL", "is %.4f, expected at most %g (--max-kl)", b->kl_mean, a->max_kl);
+        rc = verify_add(r, FINDING_BEHAVIOUR, "KL", "is %.4f, expected at most %g (--max-kl)", b->kl_mean,
+                        a->max_kl);
     if (!rc && a->min_top1 >= 0 && !(b->top1 >= a->min_top1))
-        rc = verify_add(r, FINDING_BEHAVIOUR, "top-1 agreement", "is %.4f, expected at least %g (--min-top1)", b->top1,
-                        a->min_top1);
+        rc = verify_add(r, FINDING_BEHAVIOUR, "top-1 agreement", "is %.4f, expected at least %g (--min-top1)",
+                        b->top1, a->min_top1);
     if (!rc && a->max_perplexity_ratio >= 0 && !(ratio <= a->max_perplexity_ratio))
-        rc = verify_add(r, FINDING_BEHAVIOUR, "perplexity", "is %.4f of the original's, expected at most %g "
-                        "(--max-ppl-ratio)", ratio, a->max_perplexity_ratio);
+        rc = verify_add(r, FINDING_BEHAVIOUR, "perplexity",
+                        "is %.4f of the original's, expected at most %g "
+                        "(--max-ppl-ratio)",
+                        ratio, a->max_perplexity_ratio);
     if (!rc && !(b->kl_mean >= -1e-3))
-        rc = verify_add(r, FINDING_BEHAVIOUR, "KL", "is %.4g: the models' outputs are not finite", b->kl_mean);
+        rc =
+            verify_add(r, FINDING_BEHAVIOUR, "KL", "is %.4g: the models' outputs are not finite", b->kl_mean);
     return rc;
 }
 
@@ -255,13 +265,14 @@ static void describe_run(const struct args *a, const struct run_report *run, str
     const struct behaviour *b = &run->behaviour;
     text_printf(out, "\ntext         %s: %zu windows of %lld tokens\n", a->text ? a->text : "built-in prose",
                 b->original.n_windows, (long long)a->length);
-    text_printf(out, "perplexity   original %.3f, cut %.3f (× %.4f)\n", b->original.perplexity, b->cut.perplexity,
-                b->cut.perplexity / b->original.perplexity);
-    text_printf(out, "KL           mean %.4f (95 %%: %.4f … %.4f), median %.4f, p99 %.3f nats\n", b->kl_mean, b->kl_low,
-                b->kl_high, b->kl_median, b->kl_p99);
+    text_printf(out, "perplexity   original %.3f, cut %.3f (× %.4f)\n", b->original.perplexity,
+                b->cut.perplexity, b->cut.perplexity / b->original.perplexity);
+    text_printf(out, "KL           mean %.4f (95 %%: %.4f … %.4f), median %.4f, p99 %.3f nats\n", b->kl_mean,
+                b->kl_low, b->kl_high, b->kl_median, b->kl_p99);
     text_printf(out, "top-1        %.1f %% agreement\n", 100 * b->top1);
     describe_blocks(b, out);
-    text_printf(out, "\nprompt       %s\noriginal     %s\ncut          %s\n", a->prompt, run->original, run->cut);
+    text_printf(out, "\nprompt       %s\noriginal     %s\ncut          %s\n", a->prompt, run->original,
+                run->cut);
 }
 
 static void put_likelihood(struct text *out, const char *key, const struct likelihood *l)
@@ -306,48 +317,101 @@ static void run_json(const struct args *a, const struct run_report *run, struct 
 /* --- command -------------------------------------------------------------------------------------------------- */
 
 static const struct opt_arg positional[] = {
-    {.name = "CUT", .offset = OPT_OFFSET(struct args, cut, const char *), .help = "the quantized model's folder"},
+    {.name = "CUT",
+     .offset = OPT_OFFSET(struct args, cut, const char *),
+     .help = "the quantized model's folder"},
 };
 
 static const struct opt options[] = {
-    {.name = "against", OPT_TO_STRING(struct args, against), .value = "MODEL",
-     .help = "the original: compares weights, every tensor that was not quantized bit for bit, and the models' "
-             "behaviour on text"},
+    {.name = "against",
+     OPT_TO_STRING(struct args, against),
+     .value = "MODEL",
+     .help =
+         "the original: compares weights, every tensor that was not quantized bit for bit, and the models' "
+         "behaviour on text"},
     {OPT_SECTION("Running both models")},
     {.name = "no-run", OPT_TO_FLAG(struct args, no_run), .help = "compare files only"},
-    {.name = "text", OPT_TO_STRING(struct args, text), .value = "FILE", .initial_note = "English prose that ships with gemcut",
+    {.name = "text",
+     OPT_TO_STRING(struct args, text),
+     .value = "FILE",
+     .initial_note = "English prose that ships with gemcut",
      .help = "UTF-8 text to run on"},
-    {.name = "windows", OPT_TO_INT(struct args, windows), .value = "N", .initial = "8", .min = 0, .max = 1000000,
+    {.name = "windows",
+     OPT_TO_INT(struct args, windows),
+     .value = "N",
+     .initial = "8",
+     .min = 0,
+     .max = 1000000,
      .help = "pieces of text, each run by itself; 0 = all there are"},
-    {.name = "length", OPT_TO_INT(struct args, length), .value = "N", .initial = "512", .min = 2, .max = 1000000,
+    {.name = "length",
+     OPT_TO_INT(struct args, length),
+     .value = "N",
+     .initial = "512",
+     .min = 2,
+     .max = 1000000,
      .help = "tokens of a window, <bos> included"},
-    {.name = "prompt", OPT_TO_STRING(struct args, prompt), .value = "TEXT", .initial = "The capital of France is",
+    {.name = "prompt",
+     OPT_TO_STRING(struct args, prompt),
+     .value = "TEXT",
+     .initial = "The capital of France is",
      .help = "what both models continue"},
-    {.name = "tokens", OPT_TO_INT(struct args, tokens), .value = "N", .initial = "24", .min = 1, .max = 100000,
+    {.name = "tokens",
+     OPT_TO_INT(struct args, tokens),
+     .value = "N",
+     .initial = "24",
+     .min = 1,
+     .max = 100000,
      .help = "tokens that they continue it by"},
     {OPT_SECTION("Thresholds; missing one is exit code 1")},
-    {.name = "max-kl", OPT_TO_DOUBLE(struct args, max_kl), .value = "X", .initial_note = "none", .low = 0,
-     .high = INFINITY, .help = "mean KL divergence from the original, nats a token"},
-    {.name = "min-top1", OPT_TO_DOUBLE(struct args, min_top1), .value = "X", .initial_note = "none", .low = 0, .high = 1,
+    {.name = "max-kl",
+     OPT_TO_DOUBLE(struct args, max_kl),
+     .value = "X",
+     .initial_note = "none",
+     .low = 0,
+     .high = INFINITY,
+     .help = "mean KL divergence from the original, nats a token"},
+    {.name = "min-top1",
+     OPT_TO_DOUBLE(struct args, min_top1),
+     .value = "X",
+     .initial_note = "none",
+     .low = 0,
+     .high = 1,
      .help = "share of tokens on whose successor both models agree"},
-    {.name = "max-ppl-ratio", OPT_TO_DOUBLE(struct args, max_perplexity_ratio), .value = "X", .initial_note = "none",
-     .low = 0, .high = INFINITY, .help = "perplexity, as a multiple of the original's"},
+    {.name = "max-ppl-ratio",
+     OPT_TO_DOUBLE(struct args, max_perplexity_ratio),
+     .value = "X",
+     .initial_note = "none",
+     .low = 0,
+     .high = INFINITY,
+     .help = "perplexity, as a multiple of the original's"},
     {OPT_SECTION("Machine")},
-    {.name = "device", OPT_TO_STRING(struct args, device), .value = "DEVICE", .initial = "auto",
+    {.name = "device",
+     OPT_TO_STRING(struct args, device),
+     .value = "DEVICE",
+     .initial = "auto",
      .help = "auto or cpu"},
-    {.name = "threads", OPT_TO_INT(struct args, threads), .value = "N", .min = 0, .max = 1024, .initial = "0",
+    {.name = "threads",
+     OPT_TO_INT(struct args, threads),
+     .value = "N",
+     .min = 0,
+     .max = 1024,
+     .initial = "0",
      .help = "0 = one for each processor"},
     OUTPUT_OPTS(struct args, output),
 };
 
 static const struct opt_spec spec = {
     .command = "gemcut verify",
-    .summary = "Checks that a cut is what it says it is. Structure: every tensor that the model demands is there, as "
-               "config.json describes it. Bytes: scales are usable, everything is as gemcut.json recorded it, what "
-               "was not quantized is bit-equal to the original. Weights: the relative error of every linear. "
-               "Behaviour: both models run on text, their perplexity, divergence and agreement.\n"
-               "Exit code 1 when anything is wrong.",
-    .args = positional, .n_args = 1, .opts = options, .n_opts = sizeof options / sizeof *options,
+    .summary =
+        "Checks that a cut is what it says it is. Structure: every tensor that the model demands is there, as "
+        "config.json describes it. Bytes: scales are usable, everything is as gemcut.json recorded it, what "
+        "was not quantized is bit-equal to the original. Weights: the relative error of every linear. "
+        "Behaviour: both models run on text, their perplexity, divergence and agreement.\n"
+        "Exit code 1 when anything is wrong.",
+    .args = positional,
+    .n_args = 1,
+    .opts = options,
+    .n_opts = sizeof options / sizeof *options,
 };
 
 static int print_report(const struct args *a, const struct verify_report *r, const struct run_report *run)

@@ -54,11 +54,13 @@ int checkpoint_find(char **folder, const char *model)
     if (file_is_folder(model))
         *folder = mem_strdup(model);
     else if (file_exists(model))
-        return err_set(ERR_IO, "%s: is not a folder; expected a model folder with config.json and *.safetensors",
-                       model);
+        return err_set(
+            ERR_IO, "%s: is not a folder; expected a model folder with config.json and *.safetensors", model);
     else if (!(*folder = cached_snapshot(model)))
-        return err_set(ERR_IO, "%s: no such folder, and no such model in the Hugging Face cache (gemcut downloads "
-                       "nothing)", model);
+        return err_set(ERR_IO,
+                       "%s: no such folder, and no such model in the Hugging Face cache (gemcut downloads "
+                       "nothing)",
+                       model);
     if (*folder && !file_is_folder(*folder)) {
         err_set(ERR_IO, "%s: the snapshot of %s is missing from the Hugging Face cache", *folder, model);
         free(*folder);
@@ -260,11 +262,11 @@ enum { PIECES_PER_TASK = 16 };
 
 struct hash_job {
     const struct checkpoint *ck;
-    uint64_t *piece_bytes;   /* [n_tensors] */
-    size_t *first_piece;     /* [n_tensors + 1], into pieces */
-    size_t *first_task;      /* [n_tensors + 1] */
+    uint64_t *piece_bytes; /* [n_tensors] */
+    size_t *first_piece;   /* [n_tensors + 1], into pieces */
+    size_t *first_task;    /* [n_tensors + 1] */
     struct hash128 *pieces;
-    void **buffers;          /* [workers] */
+    void **buffers; /* [workers] */
     void (*on_bytes)(void *ctx, uint64_t bytes);
     void *ctx;
 };
@@ -343,8 +345,8 @@ int checkpoint_hash_all(const struct checkpoint *ck, struct parallel *pool, stru
         rc = parallel_for(pool, job.first_task[ck->n_tensors], hash_task, &job);
     for (size_t i = 0; !rc && i < ck->n_tensors; i++) {
         const struct tensor *t = &ck->tensors[i];
-        rc = tensor_hash_combine(job.pieces + job.first_piece[i], job.first_piece[i + 1] - job.first_piece[i], t->dtype,
-                                 t->n_dims, t->shape, &hashes[i]);
+        rc = tensor_hash_combine(job.pieces + job.first_piece[i], job.first_piece[i + 1] - job.first_piece[i],
+                                 t->dtype, t->n_dims, t->shape, &hashes[i]);
     }
     for (size_t i = 0; i < n_buffers; i++)
         free(job.buffers[i]);

@@ -31,7 +31,8 @@ void checkpoint_close(struct checkpoint *ck);
 const struct tensor *checkpoint_tensor(const struct checkpoint *ck, const char *name);
 
 /* n bytes of a tensor's data from byte `offset` on. Safe to call from many threads. */
-int checkpoint_read(const struct checkpoint *ck, const struct tensor *t, uint64_t offset, size_t n, void *buf);
+int checkpoint_read(const struct checkpoint *ck, const struct tensor *t, uint64_t offset, size_t n,
+                    void *buf);
 
 /* The file that holds a tensor, for messages. */
 const char *checkpoint_path(const struct checkpoint *ck, const struct tensor *t);

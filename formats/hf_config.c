@@ -125,7 +125,8 @@ int hf_config_splice(const struct hf_config *cfg, const char *json, struct text 
             s++;
             continue;
         }
-        const char *end = skip_string(s), *value = end + strspn(end, " \t\r\n"), *replacement = NULL, *after = NULL;
+        const char *end = skip_string(s), *value = end + strspn(end, " \t\r\n"), *replacement = NULL,
+                   *after = NULL;
         const bool key = *value == ':';
         if (key)
             value += 1 + strspn(value + 1, " \t\r\n");

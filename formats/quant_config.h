@@ -19,7 +19,8 @@ struct quant_scheme {
 
 struct quant_group {
     struct quant_scheme scheme;
-    char **targets; /* class name, exact module name, or "re:" and a regular expression matched from the start */
+    char **
+        targets; /* class name, exact module name, or "re:" and a regular expression matched from the start */
     size_t n_targets;
 };
 
@@ -49,10 +50,11 @@ int quant_config_read(struct quant_config *out, struct json quantization);
 int quant_config_match(const struct quant_config *cfg, const char *module, struct quant_scheme *scheme);
 
 /* The tensors of a packed linear: the module's name plus these. */
-#define QUANT_PACKED ".weight_packed"    /* I32 [rows, cols·bits/32], low nibble first, code + 2^(bits-1) */
-#define QUANT_SCALE ".weight_scale"      /* BF16 [rows, groups] */
-#define QUANT_ZERO ".weight_zero_point"  /* I32 [ceil(rows·bits/32), groups], packed along rows; asymmetric only */
-#define QUANT_SHAPE ".weight_shape"      /* I64 [2]: rows, cols */
+#define QUANT_PACKED ".weight_packed" /* I32 [rows, cols·bits/32], low nibble first, code + 2^(bits-1) */
+#define QUANT_SCALE  ".weight_scale"  /* BF16 [rows, groups] */
+#define QUANT_ZERO                                                                                           \
+    ".weight_zero_point" /* I32 [ceil(rows·bits/32), groups], packed along rows; asymmetric only */
+#define QUANT_SHAPE ".weight_shape" /* I64 [2]: rows, cols */
 
 int64_t quant_packed_cols(struct quant_scheme s, int64_t cols); /* 32-bit words in a row */
 int64_t quant_groups(struct quant_scheme s, int64_t cols);      /* scales in a row */

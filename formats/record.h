@@ -10,7 +10,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 
-#define RECORD_NAME "gemcut.json"
+#define RECORD_NAME   "gemcut.json"
 #define RECORD_SCHEMA "gemcut.cut/1"
 
 /* name → hash */

@@ -47,8 +47,8 @@ static int parse_shape(const struct safetensors *st, struct json entry, struct t
     return 0;
 }
 
-static int parse_entry(const struct safetensors *st, struct json entry, uint64_t data_start, uint64_t data_bytes,
-                       struct tensor *t)
+static int parse_entry(const struct safetensors *st, struct json entry, uint64_t data_start,
+                       uint64_t data_bytes, struct tensor *t)
 {
     if (!(t->name = mem_strdup(json_key(entry))))
         return ERR_MEMORY;
@@ -76,11 +76,12 @@ static int parse_entry(const struct safetensors *st, struct json entry, uint64_t
     uint64_t bytes;
     if (begin > end || (uint64_t)end > data_bytes)
         return err_set(ERR_FORMAT,
-                       "%s: tensor '%s' lies at bytes %" PRId64 " … %" PRId64 " of the data, which has %" PRIu64,
+                       "%s: tensor '%s' lies at bytes %" PRId64 " … %" PRId64
+                       " of the data, which has %" PRIu64,
                        st->path, t->name, begin, end, data_bytes);
     if (!shape_bytes(t, &bytes) || bytes != (uint64_t)(end - begin))
-        return err_set(ERR_FORMAT, "%s: tensor '%s' has %" PRId64 " bytes, which is not %s", st->path, t->name,
-                       end - begin, tensor_text(t->dtype, t->n_dims, t->shape, text));
+        return err_set(ERR_FORMAT, "%s: tensor '%s' has %" PRId64 " bytes, which is not %s", st->path,
+                       t->name, end - begin, tensor_text(t->dtype, t->n_dims, t->shape, text));
     t->offset = data_start + (uint64_t)begin;
     t->bytes = bytes;
     return 0;
@@ -105,8 +106,8 @@ static int check_coverage(const struct safetensors *st, uint64_t data_start, uin
             return err_set(ERR_FORMAT, "%s: tensors '%s' and '%s' overlap", st->path, st->tensors[i - 1].name,
                            t->name);
         if (t->offset > at)
-            return err_set(ERR_FORMAT, "%s: %" PRIu64 " bytes before tensor '%s' belong to no tensor", st->path,
-                           t->offset - at, t->name);
+            return err_set(ERR_FORMAT, "%s: %" PRIu64 " bytes before tensor '%s' belong to no tensor",
+                           st->path, t->offset - at, t->name);
         at += t->bytes;
     }
     if (at != data_start + data_bytes)
@@ -156,8 +157,9 @@ int safetensors_parse(struct safetensors *st, const char *header, size_t header_
     int rc = json_parse(&doc, header, header_bytes, st->path);
     if (rc < 0)
         return rc;
-    rc = json_is_object(json_root(doc)) ? parse_entries(st, json_root(doc), data_start, data_bytes)
-                                        : err_set(ERR_FORMAT, "%s: the header is not a JSON object", st->path);
+    rc = json_is_object(json_root(doc))
+             ? parse_entries(st, json_root(doc), data_start, data_bytes)
+             : err_set(ERR_FORMAT, "%s: the header is not a JSON object", st->path);
     json_free(doc);
     return rc;
 }
@@ -175,10 +177,13 @@ static int read_header(struct safetensors *st, uint64_t file_bytes)
     for (int i = 7; i >= 0; i--)
         n = n << 8 | prefix[i];
     if (n > max_header_bytes)
-        return err_set(ERR_FORMAT, "%s: claims a header of %" PRIu64 " bytes, expected at most %" PRIu64
-                       " (not a safetensors file?)", st->path, n, max_header_bytes);
+        return err_set(ERR_FORMAT,
+                       "%s: claims a header of %" PRIu64 " bytes, expected at most %" PRIu64
+                       " (not a safetensors file?)",
+                       st->path, n, max_header_bytes);
     if (n > file_bytes - sizeof prefix)
-        return err_set(ERR_FORMAT, "%s: is truncated: the header alone needs %" PRIu64 " bytes, the file has %" PRIu64,
+        return err_set(ERR_FORMAT,
+                       "%s: is truncated: the header alone needs %" PRIu64 " bytes, the file has %" PRIu64,
                        st->path, n + sizeof prefix, file_bytes);
     char *header = mem_alloc((size_t)n + 1, 1, "a safetensors header");
     if (!header)
@@ -248,8 +253,8 @@ int64_t tensor_piece_rows(int64_t cols, enum dtype dtype)
     return (int64_t)rows;
 }
 
-int tensor_hash_combine(const struct hash128 *pieces, size_t n, enum dtype dtype, int n_dims, const int64_t *shape,
-                        struct hash128 *out)
+int tensor_hash_combine(const struct hash128 *pieces, size_t n, enum dtype dtype, int n_dims,
+                        const int64_t *shape, struct hash128 *out)
 {
     char kind[TENSOR_TEXT_BYTES];
     tensor_text(dtype, n_dims, shape, kind);

@@ -48,7 +48,7 @@ const char *tensor_text(enum dtype dtype, int n_dims, const int64_t *shape, char
 /* The hash of a tensor is defined so that pieces can be hashed in parallel: XXH3-128 over the concatenated
  * XXH3-128 digests of its pieces and the tensor_text of its dtype and shape. A piece is tensor_piece_rows() whole rows, the last one may be shorter. */
 int64_t tensor_piece_rows(int64_t cols, enum dtype dtype); /* a power of two; ≤ 256 KiB, or one longer row */
-int tensor_hash_combine(const struct hash128 *pieces, size_t n, enum dtype dtype, int n_dims, const int64_t *shape,
-                        struct hash128 *out);
+int tensor_hash_combine(const struct hash128 *pieces, size_t n, enum dtype dtype, int n_dims,
+                        const int64_t *shape, struct hash128 *out);
 
 #endif

@@ -80,8 +80,11 @@ int writer_add(struct writer *w, const char *name, const char *module, enum dtyp
     if (rc < 0)
         return rc;
     struct entry *e = &w->entries[w->n_entries];
-    *e = (struct entry){.name = mem_strdup(name), .module = mem_strdup(module), .dtype = dtype,
-                        .n_dims = n_dims, .bytes = dtype_bytes(dtype)};
+    *e = (struct entry){.name = mem_strdup(name),
+                        .module = mem_strdup(module),
+                        .dtype = dtype,
+                        .n_dims = n_dims,
+                        .bytes = dtype_bytes(dtype)};
     *id = w->n_entries++;
     if (!e->name || !e->module)
         return ERR_MEMORY;

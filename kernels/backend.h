@@ -25,7 +25,8 @@ struct mat {
 
 /* A weight in 4 or 8 bits. The dequantized weight is bf16(q·scale), symmetric, or bf16((q − zero)·scale). */
 struct qmat {
-    struct mat packed; /* I32 [rows, ceil(cols·bits/32)]: element c in bits (c mod 32/bits)·bits, as q + 2^(bits−1);
+    struct mat
+        packed; /* I32 [rows, ceil(cols·bits/32)]: element c in bits (c mod 32/bits)·bits, as q + 2^(bits−1);
                           unused high bits of a row's last word are 0 */
     struct mat scales; /* BF16 [rows, groups], finite and non-zero, either sign */
     struct mat zeros;  /* I8 [rows, groups], in q's range; data = NULL when symmetric */
@@ -36,7 +37,7 @@ struct qmat {
 
 /* How a group's scale follows from its weights alone (no calibration). docs/algorithms.md has the formulas. */
 enum scale_rule {
-    SCALE_RANGE,  /* the larger side of the group maps to the lowest code: uses all codes, scale may be negative */
+    SCALE_RANGE, /* the larger side of the group maps to the lowest code: uses all codes, scale may be negative */
     SCALE_ABSMAX, /* max |w| / (2^(bits−1) − 0.5), as llm-compressor does */
     SCALE_MSE,    /* the candidate around SCALE_RANGE with the least squared error */
 };
@@ -63,7 +64,7 @@ struct attention_spec {
     int n_heads, n_kv_heads, head_dim; /* query head h reads key/value head h / (n_heads / n_kv_heads) */
     float scale;                       /* of the scores, before softmax */
     int64_t window;                    /* keys a query sees, itself included; 0 = all */
-    int64_t first_position;            /* of q's first row; keys 0 … first_position + q.rows − 1 are in the cache */
+    int64_t first_position; /* of q's first row; keys 0 … first_position + q.rows − 1 are in the cache */
 };
 
 /* What the distributions of two models say about one token. */
@@ -93,8 +94,8 @@ struct core_ops {
     int (*embed)(const struct backend *b, const struct mat *table, const int32_t *ids, float scale,
                  const struct mat *out);
     /* out = (residual or 0) + RMSNorm(x), row by row. w: [cols], NULL = no weight. out may be x or residual. */
-    int (*rms_norm)(const struct backend *b, const struct mat *x, const struct mat *w, const struct norm_spec *spec,
-                    const struct mat *residual, const struct mat *out);
+    int (*rms_norm)(const struct backend *b, const struct mat *x, const struct mat *w,
+                    const struct norm_spec *spec, const struct mat *residual, const struct mat *out);
     /* out [n, rows(w)] = x [n, cols(w)] · wᵀ */
     int (*gemm)(const struct backend *b, const struct mat *x, const struct mat *w, const struct mat *out);
     int (*q_gemm)(const struct backend *b, const struct mat *x, const struct qmat *w, const struct mat *out);
@@ -107,7 +108,8 @@ struct core_ops {
     int (*attention)(const struct backend *b, const struct attention_spec *spec, const struct mat *q,
                      const struct mat *keys, const struct mat *values, const struct mat *out);
     /* out = gelu_tanh(gate) ⊙ up; out may be gate */
-    int (*geglu)(const struct backend *b, const struct mat *gate, const struct mat *up, const struct mat *out);
+    int (*geglu)(const struct backend *b, const struct mat *gate, const struct mat *up,
+                 const struct mat *out);
     /* x = cap·tanh(x / cap) in place */
     int (*softcap)(const struct backend *b, const struct mat *x, float cap);
     /* For every row of logits a (and b, or NULL: then only nll_a and top_a): targets[row] in [0, cols). */

@@ -42,8 +42,8 @@ int cut_open(struct cut **out, const struct cut_options *options)
     if (!rc)
         rc = writer_open(&c->writer, c->place.partial, options->shard_bytes);
     if (!rc)
-        rc = pipeline_open(&c->pipeline, &c->source.checkpoint, &c->source.tensors, &c->plan, &c->options.recipe,
-                           c->writer);
+        rc = pipeline_open(&c->pipeline, &c->source.checkpoint, &c->source.tensors, &c->plan,
+                           &c->options.recipe, c->writer);
     if (rc < 0)
         cut_close(c);
     else
@@ -115,7 +115,9 @@ static int measure_kernels(const struct cut *c, double *seconds_per_weight)
     const int64_t group = s.group ? s.group : COLS, words = quant_packed_cols(s, COLS);
     struct qmat q = {.packed = {packed, DTYPE_I32, ROWS, words, words},
                      .scales = {scales, DTYPE_BF16, ROWS, COLS / group, COLS / group},
-                     .bits = s.bits, .group = group, .cols = COLS};
+                     .bits = s.bits,
+                     .group = group,
+                     .cols = COLS};
     rc = w && packed ? 0 : ERR_MEMORY;
     for (int i = 0; !rc && i < ROWS * COLS; i++)
         w[i] = sinf((float)i); /* any spread of values will do */
@@ -267,7 +269,8 @@ static int check_written(const struct cut *c, const struct cut_events *events)
     struct hash128 *hashes = mem_alloc(ck.n_tensors, sizeof *hashes, "tensor hashes");
     rc = hashes ? checkpoint_hash_all(&ck, c->pool, hashes, events->on_bytes, events->ctx) : ERR_MEMORY;
     if (!rc && ck.n_tensors != n)
-        rc = err_set(ERR_IO, "%s: reading back: %zu tensors, expected %zu", c->place.partial, ck.n_tensors, n);
+        rc =
+            err_set(ERR_IO, "%s: reading back: %zu tensors, expected %zu", c->place.partial, ck.n_tensors, n);
     for (size_t i = 0; !rc && i < n; i++) {
         const struct tensor *t = checkpoint_tensor(&ck, tensors[i].name);
         if (!t || !hash_equal(hashes[t - ck.tensors], tensors[i].hash))

@@ -9,13 +9,13 @@
 struct cut_options {
     const char *model; /* folder or cached "org/name" */
     const char *out;
-    const char *device; /* "cpu", "auto" */
+    const char *device;  /* "cpu", "auto" */
     const char *version; /* of the program, for the record */
     struct recipe recipe;
     uint64_t shard_bytes;
-    int n_workers;    /* 0: one for each processor */
-    bool overwrite;   /* an existing OUT is replaced, if gemcut wrote it */
-    bool skip_check;  /* do not read the result back */
+    int n_workers;   /* 0: one for each processor */
+    bool overwrite;  /* an existing OUT is replaced, if gemcut wrote it */
+    bool skip_check; /* do not read the result back */
 };
 
 enum cut_stage { CUT_QUANTIZE, CUT_CHECK };

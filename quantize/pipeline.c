@@ -19,7 +19,7 @@ struct item {
     const struct linear_plan *linear; /* NULL: passed on as it is */
     bool must_be_finite;              /* language tensors; vision towers may hold infinities by design */
     size_t id, scale_id, zero_id, shape_id; /* writer's; id: the packed codes, or the tensor itself */
-    size_t written, cut;              /* index of its first result; of its linear */
+    size_t written, cut;                    /* index of its first result; of its linear */
     int64_t task_rows;
     size_t first_task, n_tasks;
 
@@ -81,7 +81,8 @@ static int announce_linear(struct pipeline *p, struct item *it)
     char *module = gemma_module(it->linear->tensor);
     if (!module)
         return ERR_MEMORY;
-    int rc = announce(p, module, QUANT_PACKED, DTYPE_I32, 2, (int64_t[]){rows, quant_packed_cols(s, cols)}, &it->id);
+    int rc = announce(p, module, QUANT_PACKED, DTYPE_I32, 2, (int64_t[]){rows, quant_packed_cols(s, cols)},
+                      &it->id);
     if (!rc)
         rc = announce(p, module, QUANT_SCALE, DTYPE_BF16, 2, (int64_t[]){rows, groups}, &it->scale_id);
     if (!rc)
@@ -152,8 +153,11 @@ int pipeline_open(struct pipeline **out, const struct checkpoint *source, const 
     struct pipeline *p = mem_alloc(1, sizeof *p, "the pipeline");
     if (!p)
         return ERR_MEMORY;
-    *p = (struct pipeline){.checkpoint = source, .writer = writer, .scales = recipe->scales,
-                           .allow_nonfinite = recipe->allow_nonfinite, .n_items = source->n_tensors};
+    *p = (struct pipeline){.checkpoint = source,
+                           .writer = writer,
+                           .scales = recipe->scales,
+                           .allow_nonfinite = recipe->allow_nonfinite,
+                           .n_items = source->n_tensors};
     pthread_mutex_init(&p->lock, NULL);
     p->items = mem_alloc(source->n_tensors, sizeof *p->items, "the pipeline");
     p->written = mem_alloc(4 * source->n_tensors, sizeof *p->written, "the pipeline");
@@ -218,8 +222,8 @@ uint64_t pipeline_memory_bytes(const struct pipeline *p, int n_workers)
         const struct item *it = &p->items[i];
         if (!it->linear)
             continue;
-        const uint64_t bytes = (uint64_t)(it->source->shape[0] * quant_groups(it->linear->scheme,
-                                                                              it->source->shape[1])) * 3;
+        const uint64_t bytes =
+            (uint64_t)(it->source->shape[0] * quant_groups(it->linear->scheme, it->source->shape[1])) * 3;
         state = bytes > state ? bytes : state;
     }
     return (uint64_t)n_workers * (p->source_run + p->packed_run + p->block_run + state) + state;
@@ -230,9 +234,11 @@ uint64_t pipeline_memory_bytes(const struct pipeline *p, int n_workers)
 static int nonfinite_error(const struct pipeline *p, const struct item *it, int64_t index)
 {
     const int64_t cols = tensor_cols(it->source);
-    return err_set(ERR_FORMAT, "%s: tensor '%s' has a NaN or an infinity at row %lld, column %lld "
-                   "(--allow-nonfinite takes such weights as 0)", checkpoint_path(p->checkpoint, it->source),
-                   it->source->name, (long long)(index / cols), (long long)(index % cols));
+    return err_set(ERR_FORMAT,
+                   "%s: tensor '%s' has a NaN or an infinity at row %lld, column %lld "
+                   "(--allow-nonfinite takes such weights as 0)",
+                   checkpoint_path(p->checkpoint, it->source), it->source->name, (long long)(index / cols),
+                   (long long)(index % cols));
 }
 
 /* Refuses what is not finite, or (quantized weights, when allowed) sets it to zero. w: rows from first_row on. */
@@ -327,24 +333,28 @@ static int quantize_rows(struct pipeline *p, struct item *it, struct worker *w, 
     const int64_t cols = t->shape[1], words = quant_packed_cols(s, cols), groups = quant_groups(s, cols);
     const size_t row_bytes = (size_t)cols * dtype_bytes(t->dtype);
     const int64_t fitting = (int64_t)(BLOCK_BYTES / row_bytes), block_rows = fitting ? fitting : 1;
-    int rc = checkpoint_read(p->checkpoint, t, (uint64_t)row * row_bytes, (size_t)(end - row) * row_bytes, w->source);
+    int rc = checkpoint_read(p->checkpoint, t, (uint64_t)row * row_bytes, (size_t)(end - row) * row_bytes,
+                             w->source);
     if (rc < 0)
         return rc;
     hash_rows(w->source, cols, t->dtype, row, end, it->source_pieces);
     squares[0] = squares[1] = 0;
     for (int64_t r = row; r < end; r += block_rows) {
         const int64_t rows = end - r < block_rows ? end - r : block_rows;
-        const struct mat block = {(char *)w->source + (size_t)(r - row) * row_bytes, t->dtype, rows, cols, cols};
-        struct qmat q = {
-            .packed = {(uint32_t *)w->packed + (r - row) * words, DTYPE_I32, rows, words, words},
-            .scales = {it->scales + r * groups, DTYPE_BF16, rows, groups, groups},
-            .zeros = {it->zeros ? it->zeros + r * groups : NULL, DTYPE_I8, rows, groups, groups},
-            .bits = s.bits, .group = s.group ? s.group : cols, .cols = cols};
+        const struct mat block = {(char *)w->source + (size_t)(r - row) * row_bytes, t->dtype, rows, cols,
+                                  cols};
+        struct qmat q = {.packed = {(uint32_t *)w->packed + (r - row) * words, DTYPE_I32, rows, words, words},
+                         .scales = {it->scales + r * groups, DTYPE_BF16, rows, groups, groups},
+                         .zeros = {it->zeros ? it->zeros + r * groups : NULL, DTYPE_I8, rows, groups, groups},
+                         .bits = s.bits,
+                         .group = s.group ? s.group : cols,
+                         .cols = cols};
         if ((rc = quantize_block(p, it, w, &block, &q, r, squares)) < 0)
             return rc;
     }
     hash_rows(w->packed, words, DTYPE_I32, row, end, it->packed_pieces);
-    return writer_put(p->writer, it->id, (uint64_t)(row * words) * 4, w->packed, (size_t)((end - row) * words) * 4);
+    return writer_put(p->writer, it->id, (uint64_t)(row * words) * 4, w->packed,
+                      (size_t)((end - row) * words) * 4);
 }
 
 /* --- a tensor's beginning and end ------------------------------------------------------------------------------ */
@@ -439,7 +449,8 @@ static int finish_linear(struct pipeline *p, struct item *it, struct hash128 sou
 static int finish_item(struct pipeline *p, struct item *it)
 {
     const struct tensor *t = it->source;
-    const size_t n = t->bytes ? (size_t)n_pieces(tensor_rows(t), tensor_piece_rows(tensor_cols(t), t->dtype)) : 0;
+    const size_t n =
+        t->bytes ? (size_t)n_pieces(tensor_rows(t), tensor_piece_rows(tensor_cols(t), t->dtype)) : 0;
     struct hash128 hash;
     int rc = tensor_hash_combine(it->source_pieces, n, t->dtype, t->n_dims, t->shape, &hash);
     if (!rc && it->linear)
@@ -475,7 +486,8 @@ static int run_task(void *arg, size_t task, int worker)
     int rc = it->source_pieces ? 0 : begin_item(it);
     pthread_mutex_unlock(&p->lock);
     if (!rc)
-        rc = it->linear ? quantize_rows(p, it, w, row, end, it->squares + 2 * part) : copy_rows(p, it, w, row, end);
+        rc = it->linear ? quantize_rows(p, it, w, row, end, it->squares + 2 * part)
+                        : copy_rows(p, it, w, row, end);
     if (rc < 0)
         return rc;
     pthread_mutex_lock(&p->lock);
@@ -507,7 +519,8 @@ static int open_worker(const struct pipeline *p, struct worker *w, const char *d
     return w->source && w->packed && w->restored ? 0 : ERR_MEMORY;
 }
 
-int pipeline_run(struct pipeline *p, struct parallel *pool, const char *device, const struct pipeline_events *events)
+int pipeline_run(struct pipeline *p, struct parallel *pool, const char *device,
+                 const struct pipeline_events *events)
 {
     const size_t n_workers = (size_t)parallel_workers(pool);
     p->events = events;

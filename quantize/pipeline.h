@@ -29,8 +29,8 @@ struct pipeline;
 
 /* What is told while it runs, from any thread but one at a time. */
 struct pipeline_events {
-    void (*on_bytes)(void *ctx, uint64_t source_bytes);                 /* read since the last call */
-    void (*on_linear)(void *ctx, const char *name, double error);       /* a linear is done */
+    void (*on_bytes)(void *ctx, uint64_t source_bytes);           /* read since the last call */
+    void (*on_linear)(void *ctx, const char *name, double error); /* a linear is done */
     void *ctx;
 };
 
@@ -44,7 +44,8 @@ uint64_t pipeline_source_bytes(const struct pipeline *p);
 uint64_t pipeline_memory_bytes(const struct pipeline *p, int n_workers);
 
 /* Runs everything; the writer has begun. device: as backend_open takes it. */
-int pipeline_run(struct pipeline *p, struct parallel *pool, const char *device, const struct pipeline_events *events);
+int pipeline_run(struct pipeline *p, struct parallel *pool, const char *device,
+                 const struct pipeline_events *events);
 
 /* Results, after pipeline_run, in the order of the source. */
 const struct written_tensor *pipeline_tensors(const struct pipeline *p, size_t *n);

@@ -26,7 +26,8 @@ static const struct {
     {"32", 32}, {"64", 64}, {"128", 128}, {"256", 256}, {"channel", 0},
 };
 
-static const char *const scale_rules[] = {[SCALE_RANGE] = "range", [SCALE_ABSMAX] = "absmax", [SCALE_MSE] = "mse"};
+static const char *const scale_rules[] = {
+    [SCALE_RANGE] = "range", [SCALE_ABSMAX] = "absmax", [SCALE_MSE] = "mse"};
 static const char *const ragged_rules[] = {
     [RAGGED_SMALLER] = "smaller", [RAGGED_KEEP] = "keep", [RAGGED_ERROR] = "error"};
 
@@ -134,8 +135,10 @@ static int check_used(const char *option, const char *glob, const struct usage *
     if (!used->sets)
         return err_set(ERR_USAGE, "%s '%s' matches no linear of this model", option, glob);
     if (used->partial)
-        log_warn("%s '%s' names only a part of what readers run as one matrix in %zu places (first: with %s); it is "
-                 "applied to the whole there", option, glob, used->partial, used->example);
+        log_warn(
+            "%s '%s' names only a part of what readers run as one matrix in %zu places (first: with %s); it is "
+            "applied to the whole there",
+            option, glob, used->partial, used->example);
     return 0;
 }
 
@@ -178,8 +181,10 @@ static int apply_ragged(struct linear_plan *set, size_t n, enum ragged_rule rule
     if (!set[0].quantized || group == 0 || cols % group == 0)
         return 0;
     if (rule == RAGGED_ERROR)
-        return err_set(ERR_UNSUPPORTED, "tensor '%s' has %lld columns, which groups of %lld do not divide "
-                       "(--ragged smaller or keep)", t->name, (long long)cols, (long long)group);
+        return err_set(ERR_UNSUPPORTED,
+                       "tensor '%s' has %lld columns, which groups of %lld do not divide "
+                       "(--ragged smaller or keep)",
+                       t->name, (long long)cols, (long long)group);
     int64_t smaller = 0;
     if (rule == RAGGED_SMALLER)
         for (size_t g = 0; g < N_OF(groups); g++)
@@ -206,8 +211,10 @@ static void report_ragged(const struct recipe_plan *plan, const struct recipe *r
         example = example ? example : l->tensor->name;
     }
     if (smaller + kept)
-        log_warn("the group size does not divide the width of %zu linears (first: %s): %zu get a smaller group, %zu "
-                 "stay in 16 bits", smaller + kept, example, smaller, kept);
+        log_warn(
+            "the group size does not divide the width of %zu linears (first: %s): %zu get a smaller group, %zu "
+            "stay in 16 bits",
+            smaller + kept, example, smaller, kept);
     if (r->scheme.group == 256)
         log_warn("groups of 256 have no fast kernel in vLLM");
 }
@@ -303,7 +310,8 @@ static bool described_alike(const struct linear_plan *a, const struct linear_pla
 
 /* One expression for each fused set of the plan that is described like `like`; the layers are listed unless all
  * of them are. */
-static int add_patterns(char ***list, size_t *n, const struct recipe_plan *plan, const struct linear_plan *like)
+static int add_patterns(char ***list, size_t *n, const struct recipe_plan *plan,
+                        const struct linear_plan *like)
 {
     int rc = 0;
     for (int set = 0; !rc && set < N_FUSED; set++) {
@@ -321,7 +329,8 @@ static int add_patterns(char ***list, size_t *n, const struct recipe_plan *plan,
                 others++;
         }
         if (others)
-            text_printf(&pattern, "re:.*layers\\.(%s)\\.%s", layers.data ? layers.data : "", fused_patterns[set]);
+            text_printf(&pattern, "re:.*layers\\.(%s)\\.%s", layers.data ? layers.data : "",
+                        fused_patterns[set]);
         else
             text_printf(&pattern, "re:.*layers\\.[0-9]+\\.%s", fused_patterns[set]);
         if (matching)

@@ -53,7 +53,7 @@ struct linear_plan {
     const struct gemma_tensor *tensor;
     bool quantized;
     struct quant_scheme scheme; /* when quantized */
-    const char *why;            /* when the recipe's own scheme does not apply: "ignored", "override", "ragged", … */
+    const char *why; /* when the recipe's own scheme does not apply: "ignored", "override", "ragged", … */
 };
 
 struct recipe_plan {

@@ -60,8 +60,9 @@ static int check_out(struct workplace *w, bool overwrite)
         return ERR_MEMORY;
     const bool ours = is_real_folder(w->out) && file_exists(record);
     free(record);
-    return ours ? 0 : err_set(ERR_IO, "%s: has no %s, so it was not written by gemcut and is not replaced", w->out,
-                              RECORD_NAME);
+    return ours ? 0
+                : err_set(ERR_IO, "%s: has no %s, so it was not written by gemcut and is not replaced",
+                          w->out, RECORD_NAME);
 }
 
 static int take_lock(struct workplace *w)

@@ -31,8 +31,8 @@ static int open_side(struct side *s, const struct weights *w, int64_t length)
     s->w = w;
     int rc = forward_open(&s->forward, w, length, length);
     if (!rc)
-        rc = w->backend->core->acquire(w->backend, (size_t)(LOGIT_ROWS * w->embedding.rows) * sizeof(float), "logits",
-                                       &s->logits);
+        rc = w->backend->core->acquire(w->backend, (size_t)(LOGIT_ROWS * w->embedding.rows) * sizeof(float),
+                                       "logits", &s->logits);
     return rc;
 }
 
@@ -49,7 +49,8 @@ static int keep_states(void *ctx, int layer, const struct mat *x)
 {
     const struct measurement *m = ctx;
     const size_t n = (size_t)(x->rows * x->cols);
-    return m->a.w->backend->core->download(m->a.w->backend, m->states + (size_t)layer * n, x->data, n * sizeof(float));
+    return m->a.w->backend->core->download(m->a.w->backend, m->states + (size_t)layer * n, x->data,
+                                           n * sizeof(float));
 }
 
 static int compare_states(void *ctx, int layer, const struct mat *x)
@@ -76,10 +77,12 @@ static int run_window(struct side *s, const int32_t *ids, int64_t length, struct
 }
 
 /* Logits of rows [row, row + n) of the window, in the side's buffer. */
-static int logits_of(const struct side *s, const struct mat *hidden, int64_t row, int64_t n, struct mat *logits)
+static int logits_of(const struct side *s, const struct mat *hidden, int64_t row, int64_t n,
+                     struct mat *logits)
 {
     const int64_t vocab = s->w->embedding.rows;
-    const struct mat rows = {(float *)hidden->data + row * hidden->stride, DTYPE_F32, n, hidden->cols, hidden->stride};
+    const struct mat rows = {(float *)hidden->data + row * hidden->stride, DTYPE_F32, n, hidden->cols,
+                             hidden->stride};
     *logits = (struct mat){s->logits.ptr, DTYPE_F32, n, vocab, vocab};
     return forward_logits(s->w, &rows, logits);
 }
@@ -143,8 +146,11 @@ static struct likelihood likelihood_of(const struct measurement *m, enum quantit
 {
     double half;
     const double nll = mean_of(m, q, &half);
-    return (struct likelihood){.n_tokens = m->text->n * ((size_t)m->text->length - 1), .n_windows = m->text->n,
-                               .nll = nll, .perplexity = exp(nll), .perplexity_low = exp(nll - half),
+    return (struct likelihood){.n_tokens = m->text->n * ((size_t)m->text->length - 1),
+                               .n_windows = m->text->n,
+                               .nll = nll,
+                               .perplexity = exp(nll),
+                               .perplexity_low = exp(nll - half),
                                .perplexity_high = exp(nll + half)};
 }
 
@@ -231,8 +237,10 @@ int behaviour_measure(struct behaviour *out, const struct weights *original, con
     const size_t state = (size_t)(text->length * original->config.hidden_size);
     *out = (struct behaviour){.n_layers = original->config.n_layers};
     out->block_error = mem_alloc((size_t)out->n_layers, sizeof *out->block_error, "block errors");
-    struct measurement m = {.text = text, .block_error = out->block_error,
-                            .states = mem_alloc((size_t)out->n_layers * state, sizeof(float), "residual streams"),
+    struct measurement m = {.text = text,
+                            .block_error = out->block_error,
+                            .states =
+                                mem_alloc((size_t)out->n_layers * state, sizeof(float), "residual streams"),
                             .scratch = mem_alloc(state, sizeof(float), "a residual stream")};
     int rc = out->block_error && m.states && m.scratch ? 0 : ERR_MEMORY;
     if (!rc)

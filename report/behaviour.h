@@ -9,8 +9,8 @@
 /* One model on text. */
 struct likelihood {
     size_t n_tokens, n_windows;
-    double nll;                  /* mean −log p a token, nats */
-    double perplexity;           /* e^nll */
+    double nll;                             /* mean −log p a token, nats */
+    double perplexity;                      /* e^nll */
     double perplexity_low, perplexity_high; /* 95 % interval, windows taken as the independent units */
 };
 
@@ -19,9 +19,9 @@ struct behaviour {
     struct likelihood original, cut;
     double kl_mean, kl_low, kl_high; /* KL(original ‖ cut), nats a token; 95 % interval over windows */
     double kl_median, kl_p99;
-    double top1;                     /* share of tokens on whose successor both agree */
+    double top1; /* share of tokens on whose successor both agree */
     int64_t n_layers;
-    double *block_error;             /* [n_layers]: ‖x − x̂‖ / ‖x‖ of the residual stream after each block */
+    double *block_error; /* [n_layers]: ‖x − x̂‖ / ‖x‖ of the residual stream after each block */
 };
 
 /* Told after each window, from the calling thread. */

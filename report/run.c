@@ -33,6 +33,24 @@ void runnable_close(struct runnable *r)
     *r = (struct runnable){0};
 }
 
+int session_open(struct session *s, const char *name, const char *device, int n_threads)
+{
+    *s = (struct session){0};
+    int rc = backend_open(&s->backend, device, n_threads);
+    if (!rc)
+        rc = model_open(&s->model, name);
+    if (!rc)
+        rc = model_bind(&s->model, NULL, NULL);
+    return rc ? rc : runnable_open(&s->runnable, &s->model, &s->backend);
+}
+
+void session_close(struct session *s)
+{
+    runnable_close(&s->runnable);
+    model_close(&s->model);
+    backend_close(&s->backend);
+}
+
 int run_windows_of(struct windows *out, const struct runnable *r, const char *path, int64_t length, int64_t n)
 {
     const int64_t vocab = r->model->gemma.vocab_size;
@@ -59,14 +77,17 @@ int run_check_prompt(const struct runnable *r, const struct token_list *ids)
     const int32_t soft = tokenizer_token_id(r->tokenizer, "<image_soft_token>");
     const int64_t context = r->model->gemma.max_positions;
     if ((int64_t)ids->n > context)
-        return err_set(ERR_USAGE, "the prompt has %zu tokens, the model's context is %lld", ids->n, (long long)context);
+        return err_set(ERR_USAGE, "the prompt has %zu tokens, the model's context is %lld", ids->n,
+                       (long long)context);
     for (size_t i = 0; i < ids->n; i++) {
         if (ids->ids[i] == image || ids->ids[i] == soft)
             return err_set(ERR_UNSUPPORTED, "the prompt holds the token %s: images are not supported",
                            tokenizer_token_name(r->tokenizer, ids->ids[i]));
         if (ids->ids[i] >= r->weights.embedding.rows)
-            return err_set(ERR_FORMAT, "%s: the prompt has token %d, the model's vocabulary ends at %lld: the tokenizer "
-                           "is not this model's", r->model->folder, ids->ids[i], (long long)r->weights.embedding.rows);
+            return err_set(ERR_FORMAT,
+                           "%s: the prompt has token %d, the model's vocabulary ends at %lld: the tokenizer "
+                           "is not this model's",
+                           r->model->folder, ids->ids[i], (long long)r->weights.embedding.rows);
     }
     return 0;
 }

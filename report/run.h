@@ -16,8 +16,20 @@ struct runnable {
 int runnable_open(struct runnable *out, const struct model *m, const struct backend *b);
 void runnable_close(struct runnable *r);
 
+/* A model opened by name, on a device of its own. */
+struct session {
+    struct backend backend;
+    struct model model;
+    struct runnable runnable;
+};
+
+/* Release with session_close whatever it returns. n_threads: as backend_open takes it. */
+int session_open(struct session *out, const char *name, const char *device, int n_threads);
+void session_close(struct session *s);
+
 /* Windows of text for a model: the file at `path`, or with NULL the text that ships with gemcut. */
-int run_windows_of(struct windows *out, const struct runnable *r, const char *path, int64_t length, int64_t n);
+int run_windows_of(struct windows *out, const struct runnable *r, const char *path, int64_t length,
+                   int64_t n);
 
 /* Refuses a prompt that the model cannot be given: longer than its context, with ids that its embedding does not
  * have, or with those that stand for a picture. */

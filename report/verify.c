@@ -11,9 +11,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-const char *const finding_kind_names[] = {
-    [FINDING_STRUCTURE] = "structure", [FINDING_BYTES] = "bytes", [FINDING_WEIGHTS] = "weights",
-    [FINDING_BEHAVIOUR] = "behaviour"};
+const char *const finding_kind_names[] = {[FINDING_STRUCTURE] = "structure",
+                                          [FINDING_BYTES] = "bytes",
+                                          [FINDING_WEIGHTS] = "weights",
+                                          [FINDING_BEHAVIOUR] = "behaviour"};
 
 /* Round-to-nearest in 4 bits leaves about 0.12 of a Gemma's weights, 8 bits 0.007: beyond this, the codes do not
  * describe this source. */
@@ -21,7 +22,8 @@ static const double implausible_error = 0.5;
 
 int verify_add(struct verify_report *r, enum finding_kind kind, const char *object, const char *fmt, ...)
 {
-    int rc = mem_grow(&r->findings, &r->findings_capacity, r->n_findings + 1, sizeof *r->findings, "findings");
+    int rc =
+        mem_grow(&r->findings, &r->findings_capacity, r->n_findings + 1, sizeof *r->findings, "findings");
     if (rc < 0)
         return rc;
     char text[512];
@@ -53,8 +55,8 @@ static int check_shapes(struct verify_report *r)
         rc = checkpoint_read(&r->cut.checkpoint, l->shape, 0, sizeof shape, shape);
         if (!rc && (shape[0] != l->spec->shape[0] || shape[1] != l->spec->shape[1]))
             rc = verify_add(r, FINDING_STRUCTURE, l->shape->name, "is %lld × %lld, expected %lld × %lld",
-                             (long long)shape[0], (long long)shape[1], (long long)l->spec->shape[0],
-                             (long long)l->spec->shape[1]);
+                            (long long)shape[0], (long long)shape[1], (long long)l->spec->shape[0],
+                            (long long)l->spec->shape[1]);
     }
     return rc;
 }
@@ -79,19 +81,20 @@ static int check_same_model(struct verify_report *r, bool *same)
     *same = a->family == b->family;
     if (!*same)
         rc = verify_add(r, FINDING_STRUCTURE, "config.json", "is %s, the source is %s", a->family->title,
-                         b->family->title);
+                        b->family->title);
     for (size_t i = 0; !rc && i < sizeof settings / sizeof *settings; i++)
         if (settings[i].cut != settings[i].source) {
             *same = false;
             rc = verify_add(r, FINDING_STRUCTURE, settings[i].name, "is %lld, the source has %lld",
-                             (long long)settings[i].cut, (long long)settings[i].source);
+                            (long long)settings[i].cut, (long long)settings[i].source);
         }
     return rc;
 }
 
 /* --- bytes ---------------------------------------------------------------------------------------------------- */
 
-static int check_recorded_tensors(struct verify_report *r, const struct record *record, const struct hash128 *hashes)
+static int check_recorded_tensors(struct verify_report *r, const struct record *record,
+                                  const struct hash128 *hashes)
 {
     const struct checkpoint *ck = &r->cut.checkpoint;
     int rc = 0;
@@ -100,8 +103,8 @@ static int check_recorded_tensors(struct verify_report *r, const struct record *
         if (!recorded)
             rc = verify_add(r, FINDING_BYTES, ck->tensors[i].name, "is not in %s", RECORD_NAME);
         else if (!hash_equal(*recorded, hashes[i]))
-            rc = verify_add(r, FINDING_BYTES, ck->tensors[i].name, "differs from what was written (hash in %s)",
-                             RECORD_NAME);
+            rc = verify_add(r, FINDING_BYTES, ck->tensors[i].name,
+                            "differs from what was written (hash in %s)", RECORD_NAME);
         else
             r->n_recorded_equal++;
     }
@@ -117,7 +120,8 @@ static int check_recorded_files(struct verify_report *r, const struct record *re
     for (size_t i = 0; !rc && i < record->files.n; i++) {
         const struct record_entry *e = &record->files.entries[i];
         if (strchr(e->name, '/'))
-            return err_set(ERR_FORMAT, "%s/%s: file name '%s' names a folder", r->cut.folder, RECORD_NAME, e->name);
+            return err_set(ERR_FORMAT, "%s/%s: file name '%s' names a folder", r->cut.folder, RECORD_NAME,
+                           e->name);
         char *path = file_join(r->cut.folder, e->name);
         struct hash128 hash;
         if (!path)
@@ -125,7 +129,8 @@ static int check_recorded_files(struct verify_report *r, const struct record *re
         if (!file_exists(path))
             rc = verify_add(r, FINDING_BYTES, e->name, "was written, but is missing");
         else if ((rc = record_hash_file(path, &hash)) == 0 && !hash_equal(hash, e->hash))
-            rc = verify_add(r, FINDING_BYTES, e->name, "differs from what was written (hash in %s)", RECORD_NAME);
+            rc = verify_add(r, FINDING_BYTES, e->name, "differs from what was written (hash in %s)",
+                            RECORD_NAME);
         else if (!rc)
             r->n_files_equal++;
         free(path);
@@ -134,7 +139,8 @@ static int check_recorded_files(struct verify_report *r, const struct record *re
 }
 
 /* A linear that this source's weights were not cut from: the record remembers what they were. */
-static int check_recorded_sources(struct verify_report *r, const struct record *record, const struct hash128 *hashes)
+static int check_recorded_sources(struct verify_report *r, const struct record *record,
+                                  const struct hash128 *hashes)
 {
     int rc = 0;
     for (size_t i = 0; !rc && i < r->source.n_linears; i++) {
@@ -151,7 +157,8 @@ static int check_recorded_sources(struct verify_report *r, const struct record *
 }
 
 /* Is this tensor of the source one that the cut has in packed form? */
-static bool is_quantized_in_cut(const struct verify_report *r, const struct name_table *quantized, const char *name)
+static bool is_quantized_in_cut(const struct verify_report *r, const struct name_table *quantized,
+                                const char *name)
 {
     size_t i;
     return name_table_find(quantized, name, &i) && r->cut.linears[i].quantized;
@@ -195,8 +202,8 @@ static int check_tokenizer(struct verify_report *r)
     struct hash128 a, b;
     if (!rc && file_exists(theirs) && !file_exists(ours))
         rc = verify_add(r, FINDING_BYTES, name, "is in the source, but missing here");
-    else if (!rc && file_exists(theirs) && !(rc = record_hash_file(ours, &a)) && !(rc = record_hash_file(theirs, &b)) &&
-             !hash_equal(a, b))
+    else if (!rc && file_exists(theirs) && !(rc = record_hash_file(ours, &a)) &&
+             !(rc = record_hash_file(theirs, &b)) && !hash_equal(a, b))
         rc = verify_add(r, FINDING_BYTES, name, "differs from the source's");
     free(ours);
     free(theirs);
@@ -246,14 +253,16 @@ static int check_weights(struct verify_report *r, struct parallel *pool, const c
         r->n_quantized++;
         sum += w->error;
         if (w->bad_scales)
-            rc = verify_add(r, FINDING_BYTES, w->linear->scales->name,
-                             "has %lld unusable scales (zero, subnormal, infinite or NaN), the first at row %lld, "
-                             "group %lld", (long long)w->bad_scales, (long long)(w->first_bad / groups),
-                             (long long)(w->first_bad % groups));
+            rc = verify_add(
+                r, FINDING_BYTES, w->linear->scales->name,
+                "has %lld unusable scales (zero, subnormal, infinite or NaN), the first at row %lld, "
+                "group %lld",
+                (long long)w->bad_scales, (long long)(w->first_bad / groups),
+                (long long)(w->first_bad % groups));
         else if (same_model && !(w->error <= implausible_error))
             rc = verify_add(r, FINDING_WEIGHTS, w->linear->packed->name,
-                             "is not a quantization of the source: relative error %.3g, expected at most %.1f",
-                             w->error, implausible_error);
+                            "is not a quantization of the source: relative error %.3g, expected at most %.1f",
+                            w->error, implausible_error);
     }
     r->mean_error = same_model && r->n_quantized ? sum / (double)r->n_quantized : NAN;
     return rc;
@@ -272,7 +281,8 @@ static int open_models(struct verify_report *r, const struct verify_options *o, 
     if (!rc)
         rc = model_bind(&r->cut, on_problem, r);
     if (!rc && !r->cut.quantized)
-        rc = verify_add(r, FINDING_STRUCTURE, "config.json", "has no quantization_config: this model is not quantized");
+        rc = verify_add(r, FINDING_STRUCTURE, "config.json",
+                        "has no quantization_config: this model is not quantized");
     if (!rc)
         rc = check_shapes(r);
     *same_model = false;

@@ -21,7 +21,7 @@ struct verify_report {
     struct model cut, source; /* source.folder = NULL without one */
     bool has_record;
     size_t n_tensors, n_recorded_equal, n_files_equal; /* the last two against the record */
-    size_t n_unquantized, n_source_equal;              /* tensors that were passed on; bit-equal ones of them */
+    size_t n_unquantized, n_source_equal; /* tensors that were passed on; bit-equal ones of them */
     size_t n_quantized;
     struct weight_report *weights; /* [cut.n_linears]; linear = NULL for those not quantized */
     double mean_error;             /* of the quantized linears; NaN without a source */

@@ -52,8 +52,8 @@ static int compare_block(const struct job *job, const struct backend *b, const s
     const struct mat restored = {buf->restored, DTYPE_F32, rows, cols, cols};
     int rc = model_read_packed(job->cut, l, row, rows, buf->packed);
     if (!rc)
-        rc = checkpoint_read(&job->source->checkpoint, weight, (uint64_t)row * row_bytes, (size_t)rows * row_bytes,
-                             buf->source);
+        rc = checkpoint_read(&job->source->checkpoint, weight, (uint64_t)row * row_bytes,
+                             (size_t)rows * row_bytes, buf->source);
     if (!rc)
         rc = b->quant->dequantize(q, &restored);
     for (int64_t r = 0; !rc && r < rows; r++)
@@ -73,7 +73,8 @@ static int compare_block(const struct job *job, const struct backend *b, const s
 }
 
 static int compare_linear(const struct job *job, const struct backend *b, const struct model_linear *l,
-                          const struct tensor *weight, uint16_t *scales, int8_t *zeros, struct weight_report *out)
+                          const struct tensor *weight, uint16_t *scales, int8_t *zeros,
+                          struct weight_report *out)
 {
     const int64_t rows = l->spec->shape[0], cols = l->spec->shape[1], block = block_rows(cols);
     const size_t n = (size_t)(block * cols);
@@ -83,7 +84,8 @@ static int compare_linear(const struct job *job, const struct backend *b, const 
     int rc = buf.packed && buf.restored && buf.source ? 0 : ERR_MEMORY;
     double sums[2] = {0, 0}, worst = 0;
     for (int64_t row = 0; !rc && row < rows; row += block) {
-        struct qmat q = model_qmat(l, row, rows - row < block ? rows - row : block, buf.packed, scales, zeros);
+        struct qmat q =
+            model_qmat(l, row, rows - row < block ? rows - row : block, buf.packed, scales, zeros);
         rc = compare_block(job, b, l, weight, &q, row, &buf, sums, &worst);
     }
     out->error = sums[1] > 0 ? sqrt(sums[0] / sums[1]) : 0;
@@ -123,8 +125,8 @@ static int compare_task(void *ctx, size_t index, int worker)
     return rc;
 }
 
-int weights_compare(const struct model *cut, const struct model *source, struct parallel *pool, const char *device,
-                    struct weight_report *out)
+int weights_compare(const struct model *cut, const struct model *source, struct parallel *pool,
+                    const char *device, struct weight_report *out)
 {
     CHECK(!source || source->n_linears == cut->n_linears);
     struct job job = {cut, source, device, out};

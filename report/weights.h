@@ -15,7 +15,7 @@ struct weight_report {
 
 /* Fills out[i] for cut->linears[i] when it is quantized and bound; others are skipped (linear = NULL). With
  * source = NULL only the scales are looked at. source's linears have the same shapes. */
-int weights_compare(const struct model *cut, const struct model *source, struct parallel *pool, const char *device,
-                    struct weight_report *out);
+int weights_compare(const struct model *cut, const struct model *source, struct parallel *pool,
+                    const char *device, struct weight_report *out);
 
 #endif

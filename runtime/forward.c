@@ -13,8 +13,8 @@ struct forward {
     int64_t max_positions, max_rows, position;
     struct buf memory;
     struct mat x, normed, q, attention, gate, up, branch; /* [max_rows, …] */
-    struct mat rope[2]; /* [max_rows, head_dim] of global and sliding layers */
-    struct mat *keys, *values;                                 /* [n_layers] of [max_positions, kv] */
+    struct mat rope[2];        /* [max_rows, head_dim] of global and sliding layers */
+    struct mat *keys, *values; /* [n_layers] of [max_positions, kv] */
     forward_observer observer;
     void *observer_ctx;
 };
@@ -46,7 +46,8 @@ static uint64_t plan(const struct weights *w, int64_t max_positions, int64_t max
     p->rope[0] = take(base, &at, max_rows, c->head_dim);
     p->rope[1] = take(base, &at, max_rows, c->head_dim);
     for (int64_t i = 0; i < c->n_layers; i++) {
-        const struct mat keys = take(base, &at, max_positions, kv), values = take(base, &at, max_positions, kv);
+        const struct mat keys = take(base, &at, max_positions, kv),
+                         values = take(base, &at, max_positions, kv);
         if (f) {
             f->keys[i] = keys;
             f->values[i] = values;
@@ -133,11 +134,15 @@ static int attention_branch(struct forward *f, int layer, int64_t n, const struc
     const struct block *k = &f->w->blocks[layer];
     const struct backend *b = f->w->backend;
     const struct mat x = rows_of(&f->x, 0, n), normed = rows_of(&f->normed, 0, n), q = rows_of(&f->q, 0, n);
-    const struct mat keys = rows_of(&f->keys[layer], f->position, n), values = rows_of(&f->values[layer], f->position, n);
+    const struct mat keys = rows_of(&f->keys[layer], f->position, n),
+                     values = rows_of(&f->values[layer], f->position, n);
     const struct mat attention = rows_of(&f->attention, 0, n), branch = rows_of(&f->branch, 0, n);
     const struct mat q_heads = heads_of(&q, k->head_dim), k_heads = heads_of(&keys, k->head_dim);
-    const struct attention_spec spec = {.n_heads = k->n_heads, .n_kv_heads = k->n_kv_heads, .head_dim = k->head_dim,
-                                        .scale = k->score_scale, .window = k->window,
+    const struct attention_spec spec = {.n_heads = k->n_heads,
+                                        .n_kv_heads = k->n_kv_heads,
+                                        .head_dim = k->head_dim,
+                                        .scale = k->score_scale,
+                                        .window = k->window,
                                         .first_position = f->position};
     int rc = b->core->rms_norm(b, &x, &k->input_norm, norm, NULL, &normed);
     if (!rc)
@@ -165,7 +170,8 @@ static int mlp_branch(struct forward *f, int layer, int64_t n, const struct norm
 {
     const struct block *k = &f->w->blocks[layer];
     const struct backend *b = f->w->backend;
-    const struct mat x = rows_of(&f->x, 0, n), normed = rows_of(&f->normed, 0, n), branch = rows_of(&f->branch, 0, n);
+    const struct mat x = rows_of(&f->x, 0, n), normed = rows_of(&f->normed, 0, n),
+                     branch = rows_of(&f->branch, 0, n);
     const struct mat gate = rows_of(&f->gate, 0, n), up = rows_of(&f->up, 0, n);
     int rc = b->core->rms_norm(b, &x, &k->pre_mlp_norm, norm, NULL, &normed);
     if (!rc)
@@ -185,8 +191,8 @@ int forward_run(struct forward *f, const int32_t *ids, int64_t n, struct mat *hi
     const struct backend *b = f->w->backend;
     CHECK(n >= 1 && n <= f->max_rows);
     if (n > f->max_positions - f->position)
-        return err_set(ERR_USAGE, "the sequence has %" PRId64 " tokens, expected at most %" PRId64, f->position + n,
-                       f->max_positions);
+        return err_set(ERR_USAGE, "the sequence has %" PRId64 " tokens, expected at most %" PRId64,
+                       f->position + n, f->max_positions);
     const struct mat x = rows_of(&f->x, 0, n);
     const struct norm_spec norm = {.eps = (float)c->rms_norm_eps, .unit_offset = true};
     /* the scale is √hidden itself here; BF16 runtimes round it to BF16 */

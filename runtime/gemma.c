@@ -13,17 +13,37 @@ static const struct gemma_family families[] = {
      .model_type = "gemma3_text",
      .prefixes = {"model."},
      .ignores = {"re:.*lm_head", "lm_head"},
-     .vocab_size = 262208, .hidden_size = 2304, .intermediate_size = 9216, .n_layers = 26, .n_heads = 8,
-     .n_kv_heads = 4, .head_dim = 256, .sliding_window = 4096, .sliding_pattern = 6, .max_positions = 131072,
-     .query_pre_attn_scalar = 256, .rope_theta = 1e6, .rope_local_theta = 1e4},
+     .vocab_size = 262208,
+     .hidden_size = 2304,
+     .intermediate_size = 9216,
+     .n_layers = 26,
+     .n_heads = 8,
+     .n_kv_heads = 4,
+     .head_dim = 256,
+     .sliding_window = 4096,
+     .sliding_pattern = 6,
+     .max_positions = 131072,
+     .query_pre_attn_scalar = 256,
+     .rope_theta = 1e6,
+     .rope_local_theta = 1e4},
     {.title = "Gemma 3 multimodal",
      .model_type = "gemma3",
      .text_model_type = "gemma3_text",
      .prefixes = {"language_model.model.", "model.language_model."},
      .ignores = {"re:.*vision_tower.*", "re:.*multi_modal_projector.*", "re:.*lm_head", "lm_head"},
-     .vocab_size = 262208, .hidden_size = 2304, .intermediate_size = 9216, .n_layers = 26, .n_heads = 8,
-     .n_kv_heads = 4, .head_dim = 256, .sliding_window = 4096, .sliding_pattern = 6, .max_positions = 131072,
-     .query_pre_attn_scalar = 256, .rope_theta = 1e6, .rope_local_theta = 1e4},
+     .vocab_size = 262208,
+     .hidden_size = 2304,
+     .intermediate_size = 9216,
+     .n_layers = 26,
+     .n_heads = 8,
+     .n_kv_heads = 4,
+     .head_dim = 256,
+     .sliding_window = 4096,
+     .sliding_pattern = 6,
+     .max_positions = 131072,
+     .query_pre_attn_scalar = 256,
+     .rope_theta = 1e6,
+     .rope_local_theta = 1e4},
 };
 static const size_t n_families = sizeof families / sizeof *families;
 
@@ -35,17 +55,18 @@ static int find_family(const struct gemma_family **out, const struct hf_config *
     struct text known = {0};
     for (size_t i = 0; i < n_families; i++) {
         const struct gemma_family *f = &families[i];
-        if (!strcmp(f->model_type, cfg->model_type) &&
-            (!f->text_model_type || !*cfg->text_model_type || !strcmp(f->text_model_type, cfg->text_model_type))) {
+        if (!strcmp(f->model_type, cfg->model_type) && (!f->text_model_type || !*cfg->text_model_type ||
+                                                        !strcmp(f->text_model_type, cfg->text_model_type))) {
             *out = f;
             text_free(&known);
             return 0;
         }
         text_printf(&known, "%s%s (%s)", i ? ", " : "", f->model_type, f->title);
     }
-    const int rc = err_set(ERR_UNSUPPORTED, "%s: model_type '%s' (%s) is not supported; supported: %s", cfg->path,
-                           cfg->model_type, *cfg->architecture ? cfg->architecture : "no architecture named",
-                           known.data ? known.data : "");
+    const int rc =
+        err_set(ERR_UNSUPPORTED, "%s: model_type '%s' (%s) is not supported; supported: %s", cfg->path,
+                cfg->model_type, *cfg->architecture ? cfg->architecture : "no architecture named",
+                known.data ? known.data : "");
     text_free(&known);
     return rc;
 }
@@ -99,8 +120,8 @@ static int read_rope(struct gemma_config *c, struct json t)
     if (!strcmp(type, "linear"))
         return json_get_double(scaling, "factor", &c->rope_factor);
     if (strcmp(type, "default"))
-        return err_set(ERR_UNSUPPORTED, "%s: RoPE type '%s' is not supported for %s", json_path(scaling), type,
-                       c->family->title);
+        return err_set(ERR_UNSUPPORTED, "%s: RoPE type '%s' is not supported for %s", json_path(scaling),
+                       type, c->family->title);
     return 0;
 }
 
@@ -154,8 +175,9 @@ static int refuse_unknown_maths(const struct hf_config *cfg)
     const char *act;
     int rc = json_opt_string(t, "hidden_activation", "gelu_pytorch_tanh", &act);
     if (!rc && strcmp(act, "gelu_pytorch_tanh"))
-        rc = err_set(ERR_UNSUPPORTED, "%s: hidden_activation '%s' is not supported, expected gelu_pytorch_tanh",
-                     cfg->path, act);
+        rc = err_set(ERR_UNSUPPORTED,
+                     "%s: hidden_activation '%s' is not supported, expected gelu_pytorch_tanh", cfg->path,
+                     act);
     return rc;
 }
 
@@ -228,7 +250,8 @@ int gemma_tensors(struct gemma_tensors *out, const struct gemma_config *c, const
     out->list = mem_alloc(2 + n_block * (size_t)c->n_layers, sizeof *out->list, "the model's tensor list");
     int rc = out->list ? 0 : ERR_MEMORY;
     if (!rc)
-        rc = add_tensor(out, mem_printf("%sembed_tokens.weight", prefix), GEMMA_EMBEDDING, -1, c->vocab_size, h);
+        rc = add_tensor(out, mem_printf("%sembed_tokens.weight", prefix), GEMMA_EMBEDDING, -1, c->vocab_size,
+                        h);
     for (int layer = 0; layer < c->n_layers; layer++)
         for (size_t i = 0; !rc && i < n_block; i++)
             rc = add_tensor(out, mem_printf("%slayers.%d.%s.weight", prefix, layer, block[i].name),
@@ -277,11 +300,16 @@ enum gemma_fused gemma_fused_set(enum gemma_role role)
     switch (role) {
     case GEMMA_Q:
     case GEMMA_K:
-    case GEMMA_V: return FUSED_QKV;
-    case GEMMA_O: return FUSED_O;
+    case GEMMA_V:
+        return FUSED_QKV;
+    case GEMMA_O:
+        return FUSED_O;
     case GEMMA_GATE:
-    case GEMMA_UP: return FUSED_GATE_UP;
-    default: CHECK(role == GEMMA_DOWN); return FUSED_DOWN;
+    case GEMMA_UP:
+        return FUSED_GATE_UP;
+    default:
+        CHECK(role == GEMMA_DOWN);
+        return FUSED_DOWN;
     }
 }
 

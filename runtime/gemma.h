@@ -14,11 +14,11 @@ enum { GEMMA_MAX_IGNORES = 4, GEMMA_MAX_PREFIXES = 3 };
 
 /* One row a family: how config.json names it and what holds when config.json is silent. */
 struct gemma_family {
-    const char *title;           /* "Gemma 3" */
-    const char *model_type;      /* of config.json */
-    const char *text_model_type; /* of its text_config; NULL when the model is text only */
-    const char *prefixes[GEMMA_MAX_PREFIXES];  /* of the language tensors on disk, NULL-padded */
-    const char *ignores[GEMMA_MAX_IGNORES];    /* regexes that keep other parts unquantized in every reader */
+    const char *title;                        /* "Gemma 3" */
+    const char *model_type;                   /* of config.json */
+    const char *text_model_type;              /* of its text_config; NULL when the model is text only */
+    const char *prefixes[GEMMA_MAX_PREFIXES]; /* of the language tensors on disk, NULL-padded */
+    const char *ignores[GEMMA_MAX_IGNORES];   /* regexes that keep other parts unquantized in every reader */
     int64_t vocab_size, hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads, head_dim;
     int64_t sliding_window, sliding_pattern; /* every sliding_pattern-th layer is global */
     int64_t max_positions;

@@ -86,7 +86,8 @@ static int read_ids(struct stop_ids *out, struct json v)
 {
     const bool list = json_is_array(v);
     int rc = 0;
-    for (struct json e = list ? json_first(v) : v; !rc && e.node; e = list ? json_next(e) : (struct json){0}) {
+    for (struct json e = list ? json_first(v) : v; !rc && e.node;
+         e = list ? json_next(e) : (struct json){0}) {
         int64_t id;
         rc = json_as_int(e, 0, INT32_MAX, &id);
         if (!rc && out->n == sizeof out->ids / sizeof *out->ids)
@@ -160,7 +161,8 @@ static int decode(struct forward *f, const struct weights *w, struct mat last, i
         if ((rc = w->backend->core->compare_rows(w->backend, &logits, NULL, &id, &row)) < 0)
             return rc;
         if (!isfinite(row.nll_a))
-            return err_set(ERR_FORMAT, "the model's logits are not finite after %lld tokens: damaged weights?",
+            return err_set(ERR_FORMAT,
+                           "the model's logits are not finite after %lld tokens: damaged weights?",
                            (long long)forward_position(f));
         if (is_stop(stop, id)) {
             result->end = GENERATE_STOP_ID;
@@ -184,16 +186,17 @@ static int decode(struct forward *f, const struct weights *w, struct mat last, i
 }
 
 int generate_run(struct forward *f, const struct weights *w, const int32_t *prompt, int64_t n_prompt,
-                 int64_t max_new, const struct sampling *s, const struct stop_ids *stop, generate_callback on_token,
-                 void *ctx, struct generate_result *result)
+                 int64_t max_new, const struct sampling *s, const struct stop_ids *stop,
+                 generate_callback on_token, void *ctx, struct generate_result *result)
 {
     *result = (struct generate_result){.n_prompt = n_prompt};
     CHECK(n_prompt >= 1);
     const size_t vocab = (size_t)w->embedding.rows;
     struct scratch t = {.host = mem_alloc(vocab, sizeof *t.host, "logits"),
                         .order = mem_alloc(vocab, sizeof *t.order, "logits")};
-    int rc = t.host && t.order ? w->backend->core->acquire(w->backend, vocab * sizeof(float), "logits", &t.logits)
-                               : ERR_MEMORY;
+    int rc = t.host && t.order
+                 ? w->backend->core->acquire(w->backend, vocab * sizeof(float), "logits", &t.logits)
+                 : ERR_MEMORY;
     struct mat last;
     const double start = clock_seconds();
     if (!rc)

@@ -39,7 +39,7 @@ struct generate_result {
 
 /* Continues the prompt (at least one token) by at most max_new tokens. */
 int generate_run(struct forward *f, const struct weights *w, const int32_t *prompt, int64_t n_prompt,
-                 int64_t max_new, const struct sampling *s, const struct stop_ids *stop, generate_callback on_token,
-                 void *ctx, struct generate_result *result);
+                 int64_t max_new, const struct sampling *s, const struct stop_ids *stop,
+                 generate_callback on_token, void *ctx, struct generate_result *result);
 
 #endif

@@ -13,8 +13,9 @@ static int refuse_quantized(const struct model *m)
     if (json_exists(m->config.quantization)) {
         const int rc = json_opt_string(m->config.quantization, "quant_method", method, &method);
         return rc < 0 ? rc
-                      : err_set(ERR_UNSUPPORTED, "%s: is already quantized (%s), expected a BF16, F16 or F32 model",
-                                m->folder, method);
+                      : err_set(ERR_UNSUPPORTED,
+                                "%s: is already quantized (%s), expected a BF16, F16 or F32 model", m->folder,
+                                method);
     }
     static const char *const suffixes[] = {QUANT_PACKED, ".qweight"};
     for (size_t i = 0; i < m->checkpoint.n_tensors; i++)
@@ -123,8 +124,8 @@ static int expect(const struct binding *b, const struct expected *e, const struc
     } else if (!(e->is_float ? t->dtype == DTYPE_BF16 || t->dtype == DTYPE_F16 || t->dtype == DTYPE_F32
                              : t->dtype == e->dtype) ||
                !same_shape(t, e->n_dims, e->shape)) {
-        snprintf(message, sizeof message, "is %s, expected %s%s", tensor_text(t->dtype, t->n_dims, t->shape, is),
-                 wanted, e->is_float ? " (or F16, F32)" : "");
+        snprintf(message, sizeof message, "is %s, expected %s%s",
+                 tensor_text(t->dtype, t->n_dims, t->shape, is), wanted, e->is_float ? " (or F16, F32)" : "");
         rc = problem(b, name, message);
     } else {
         *out = t;
@@ -160,7 +161,8 @@ static int bind_packed(const struct binding *b, struct model_linear *l, const ch
     if (!rc && !s.symmetric)
         rc = expect(b, &e, &l->zeros);
     if (!rc && s.symmetric)
-        rc = refuse_present(b, module, QUANT_ZERO, "is there, although config.json calls the scheme symmetric");
+        rc = refuse_present(b, module, QUANT_ZERO,
+                            "is there, although config.json calls the scheme symmetric");
     return rc ? rc : refuse_present(b, module, ".weight", "is there beside the packed weight");
 }
 
@@ -174,10 +176,12 @@ static int bind_linear(const struct binding *b, struct model_linear *l)
         l->quantized = true;
         rc = bind_packed(b, l, module);
     } else if (!rc) {
-        const struct expected e = {module, ".weight", true, DTYPE_BF16, 2, {l->spec->shape[0], l->spec->shape[1]}};
+        const struct expected e = {module,     ".weight", true,
+                                   DTYPE_BF16, 2,         {l->spec->shape[0], l->spec->shape[1]}};
         rc = expect(b, &e, &l->weight);
         if (!rc)
-            rc = refuse_present(b, module, QUANT_PACKED, "is there, although config.json leaves it unquantized");
+            rc = refuse_present(b, module, QUANT_PACKED,
+                                "is there, although config.json leaves it unquantized");
     }
     free(module);
     return rc;
@@ -186,7 +190,8 @@ static int bind_linear(const struct binding *b, struct model_linear *l)
 static int bind_plain(const struct binding *b, const struct gemma_tensor *spec)
 {
     const struct tensor *t;
-    const struct expected e = {spec->name, "", true, DTYPE_BF16, spec->n_dims, {spec->shape[0], spec->shape[1]}};
+    const struct expected e = {spec->name, "",           true,
+                               DTYPE_BF16, spec->n_dims, {spec->shape[0], spec->shape[1]}};
     return expect(b, &e, &t);
 }
 
@@ -209,11 +214,12 @@ int model_bind(struct model *m, model_problem on_problem, void *ctx)
 
 /* --- reading -------------------------------------------------------------------------------------------------- */
 
-int model_read_packed(const struct model *m, const struct model_linear *l, int64_t row, int64_t n, uint32_t *packed)
+int model_read_packed(const struct model *m, const struct model_linear *l, int64_t row, int64_t n,
+                      uint32_t *packed)
 {
     const uint64_t row_bytes = (uint64_t)l->packed->shape[1] * sizeof *packed;
-    return checkpoint_read(&m->checkpoint, l->packed, (uint64_t)row * row_bytes, (size_t)((uint64_t)n * row_bytes),
-                           packed);
+    return checkpoint_read(&m->checkpoint, l->packed, (uint64_t)row * row_bytes,
+                           (size_t)((uint64_t)n * row_bytes), packed);
 }
 
 /* Zero points are packed along the rows, as q + 2^(bits−1). */
@@ -221,7 +227,8 @@ static int read_zeros(const struct model *m, const struct model_linear *l, int8_
 {
     const int64_t rows = l->spec->shape[0], groups = l->zeros->shape[1], per_word = 32 / l->scheme.bits;
     uint32_t *words = mem_alloc_aligned((size_t)l->zeros->bytes, "zero points");
-    int rc = words ? checkpoint_read(&m->checkpoint, l->zeros, 0, (size_t)l->zeros->bytes, words) : ERR_MEMORY;
+    int rc =
+        words ? checkpoint_read(&m->checkpoint, l->zeros, 0, (size_t)l->zeros->bytes, words) : ERR_MEMORY;
     const uint32_t mask = (1u << l->scheme.bits) - 1;
     for (int64_t r = 0; !rc && r < rows; r++)
         for (int64_t g = 0; g < groups; g++) {
@@ -250,8 +257,8 @@ int model_read_scales(const struct model *m, const struct model_linear *l, uint1
     return rc;
 }
 
-struct qmat model_qmat(const struct model_linear *l, int64_t row, int64_t n, uint32_t *packed, uint16_t *scales,
-                       int8_t *zeros)
+struct qmat model_qmat(const struct model_linear *l, int64_t row, int64_t n, uint32_t *packed,
+                       uint16_t *scales, int8_t *zeros)
 {
     const int64_t cols = l->spec->shape[1], words = l->packed->shape[1], groups = l->scales->shape[1];
     return (struct qmat){.packed = {packed, DTYPE_I32, n, words, words},

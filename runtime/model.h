@@ -11,9 +11,9 @@
 struct model_linear {
     const struct gemma_tensor *spec;
     bool quantized;
-    struct quant_scheme scheme;                             /* when quantized */
-    const struct tensor *weight;                            /* when not quantized */
-    const struct tensor *packed, *scales, *zeros, *shape;   /* when quantized; zeros: asymmetric only */
+    struct quant_scheme scheme;                           /* when quantized */
+    const struct tensor *weight;                          /* when not quantized */
+    const struct tensor *packed, *scales, *zeros, *shape; /* when quantized; zeros: asymmetric only */
 };
 
 struct model {
@@ -46,13 +46,14 @@ int model_bind(struct model *m, model_problem on_problem, void *ctx);
 
 /* rows [row, row + n) of a quantized linear, read into the caller's memory: packed [n, words] and, filled by the
  * caller before, scales [rows, groups] and zeros of the whole linear. */
-int model_read_packed(const struct model *m, const struct model_linear *l, int64_t row, int64_t n, uint32_t *packed);
+int model_read_packed(const struct model *m, const struct model_linear *l, int64_t row, int64_t n,
+                      uint32_t *packed);
 
 /* All scales [rows, groups] and zero points (unpacked, in the codes' range; NULL when symmetric), fresh memory. */
 int model_read_scales(const struct model *m, const struct model_linear *l, uint16_t **scales, int8_t **zeros);
 
 /* The view of rows [row, row + n) that the kernels take. */
-struct qmat model_qmat(const struct model_linear *l, int64_t row, int64_t n, uint32_t *packed, uint16_t *scales,
-                       int8_t *zeros);
+struct qmat model_qmat(const struct model_linear *l, int64_t row, int64_t n, uint32_t *packed,
+                       uint16_t *scales, int8_t *zeros);
 
 #endif

@@ -41,7 +41,8 @@ static int load_tensor(struct weights *w, const struct model *m, const struct te
     return rc;
 }
 
-static int load_packed(struct weights *w, const struct model *m, const struct model_linear *l, struct qmat *out)
+static int load_packed(struct weights *w, const struct model *m, const struct model_linear *l,
+                       struct qmat *out)
 {
     struct mat packed, scales;
     int rc = load_tensor(w, m, l->packed, &packed);
@@ -71,9 +72,10 @@ static int load_packed(struct weights *w, const struct model *m, const struct mo
 static int load_linear(struct weights *w, const struct model *m, const struct model_linear *l)
 {
     struct block *block = &w->blocks[l->spec->layer];
-    struct linear *const places[] = {[GEMMA_Q] = &block->q,       [GEMMA_K] = &block->k,   [GEMMA_V] = &block->v,
-                                     [GEMMA_O] = &block->o,       [GEMMA_GATE] = &block->gate,
-                                     [GEMMA_UP] = &block->up,     [GEMMA_DOWN] = &block->down};
+    struct linear *const places[] = {
+        [GEMMA_Q] = &block->q,      [GEMMA_K] = &block->k,       [GEMMA_V] = &block->v,
+        [GEMMA_O] = &block->o,      [GEMMA_GATE] = &block->gate, [GEMMA_UP] = &block->up,
+        [GEMMA_DOWN] = &block->down};
     struct linear *out = places[l->spec->role];
     out->quantized = l->quantized;
     return l->quantized ? load_packed(w, m, l, &out->packed) : load_tensor(w, m, l->weight, &out->weight);
@@ -130,8 +132,10 @@ static void describe_blocks(struct weights *w)
     const struct gemma_config *c = &w->config;
     for (int64_t i = 0; i < c->n_layers; i++) {
         const bool sliding = c->is_sliding[i];
-        w->blocks[i] = (struct block){.n_heads = (int)c->n_heads, .n_kv_heads = (int)c->n_kv_heads,
-                                      .head_dim = (int)c->head_dim, .window = sliding ? c->sliding_window : 0,
+        w->blocks[i] = (struct block){.n_heads = (int)c->n_heads,
+                                      .n_kv_heads = (int)c->n_kv_heads,
+                                      .head_dim = (int)c->head_dim,
+                                      .window = sliding ? c->sliding_window : 0,
                                       .score_scale = (float)(1 / sqrt(c->query_pre_attn_scalar)),
                                       .rope = sliding};
     }
@@ -165,7 +169,8 @@ void weights_free(struct weights *w)
     *w = (struct weights){0};
 }
 
-int linear_forward(const struct backend *b, const struct linear *l, const struct mat *x, const struct mat *out)
+int linear_forward(const struct backend *b, const struct linear *l, const struct mat *x,
+                   const struct mat *out)
 {
     return l->quantized ? b->core->q_gemm(b, x, &l->packed, out) : b->core->gemm(b, x, &l->weight, out);
 }

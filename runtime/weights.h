@@ -17,7 +17,7 @@ struct linear {
  * layer to layer. */
 struct block {
     int n_heads, n_kv_heads, head_dim;
-    int64_t window;        /* keys a query sees; 0 = all */
+    int64_t window; /* keys a query sees; 0 = all */
     float score_scale;
     int rope; /* which of weights.inv_freq it turns by */
     struct linear q, k, v, o, gate, up, down;
@@ -30,10 +30,10 @@ struct weights {
     struct mat embedding;       /* [vocab, hidden]; the output head too */
     struct mat final_norm;
     struct block *blocks; /* [n_layers] */
-    float *inv_freq[2];         /* [head_dim / 2] of global and of sliding layers, on the host */
+    float *inv_freq[2];   /* [head_dim / 2] of global and of sliding layers, on the host */
     struct buf *bufs;     /* what was acquired */
     size_t n_bufs, capacity;
-    uint64_t bytes;       /* of all of them */
+    uint64_t bytes; /* of all of them */
 };
 
 /* Loads a bound model (model_bind without problems). The model must stay open as long as the weights. */
@@ -41,6 +41,7 @@ int weights_load(struct weights *out, const struct model *m, const struct backen
 void weights_free(struct weights *w);
 
 /* out [n, rows] = x [n, cols]·Wᵀ */
-int linear_forward(const struct backend *b, const struct linear *l, const struct mat *x, const struct mat *out);
+int linear_forward(const struct backend *b, const struct linear *l, const struct mat *x,
+                   const struct mat *out);
 
 #endif

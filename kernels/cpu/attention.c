@@ -57,10 +57,12 @@ static int attention_task(void *ctx, size_t index, int worker)
     const float *q = (const float *)j->q->data + row * j->q->stride + head * d;
     const float *k = (const float *)j->keys->data + from * j->keys->stride + kv_head * d;
     const float *v = (const float *)j->values->data + from * j->values->stride + kv_head * d;
-    blas_sgemm(true, (int)n, (int)width, (int)d, q, (int)j->q->stride, k, (int)j->keys->stride, scores, (int)width);
+    blas_sgemm(true, (int)n, (int)width, (int)d, q, (int)j->q->stride, k, (int)j->keys->stride, scores,
+               (int)width);
     for (int64_t r = 0; r < n; r++) {
         const int64_t position = first + r;
-        const int64_t begin = a->window && position - a->window + 1 > from ? position - a->window + 1 - from : 0;
+        const int64_t begin =
+            a->window && position - a->window + 1 > from ? position - a->window + 1 - from : 0;
         float *s = scores + r * width;
         softmax_row(s + begin, position + 1 - from - begin, width - begin, a->scale);
         for (int64_t i = 0; i < begin; i++)
@@ -75,18 +77,24 @@ int cpu_attention(const struct backend *b, const struct attention_spec *spec, co
                   const struct mat *keys, const struct mat *values, const struct mat *out)
 {
     const int64_t positions = spec->first_position + q->rows;
-    CHECK(q->dtype == DTYPE_F32 && keys->dtype == DTYPE_F32 && values->dtype == DTYPE_F32 && out->dtype == DTYPE_F32);
+    CHECK(q->dtype == DTYPE_F32 && keys->dtype == DTYPE_F32 && values->dtype == DTYPE_F32 &&
+          out->dtype == DTYPE_F32);
     CHECK(spec->n_heads % spec->n_kv_heads == 0 && q->cols == spec->n_heads * spec->head_dim);
     CHECK(keys->rows >= positions && keys->cols == spec->n_kv_heads * spec->head_dim && spec->scale > 0);
     const int64_t reach = spec->window && spec->window < positions ? spec->window : positions;
     const int64_t fitting = CPU_SCRATCH_BYTES / 4 / (reach + QUERIES);
     if (fitting < 1)
-        return err_set(ERR_UNSUPPORTED, "attention: %lld positions, expected at most %d", (long long)positions,
-                       CPU_SCRATCH_BYTES / 4 - QUERIES);
+        return err_set(ERR_UNSUPPORTED, "attention: %lld positions, expected at most %d",
+                       (long long)positions, CPU_SCRATCH_BYTES / 4 - QUERIES);
     const int rc = blas_load();
     if (rc < 0)
         return rc;
-    struct attention_job j = {.state = cpu_state(b), .spec = spec, .q = q, .keys = keys, .values = values, .out = out,
+    struct attention_job j = {.state = cpu_state(b),
+                              .spec = spec,
+                              .q = q,
+                              .keys = keys,
+                              .values = values,
+                              .out = out,
                               .run = fitting < QUERIES ? fitting : QUERIES};
     j.n_runs = (q->rows + j.run - 1) / j.run;
     return parallel_for(j.state->pool, (size_t)(j.n_runs * spec->n_heads), attention_task, &j);

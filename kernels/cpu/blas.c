@@ -26,12 +26,14 @@ int blas_load(void)
     pthread_once(&once, load);
     if (sgemm)
         return 0;
-    return err_set(ERR_UNSUPPORTED, "libopenblas.so.0 cannot be loaded, and running a model needs it (Debian: "
+    return err_set(ERR_UNSUPPORTED,
+                   "libopenblas.so.0 cannot be loaded, and running a model needs it (Debian: "
                    "libopenblas0-pthread)");
 }
 
-void blas_sgemm(bool transpose_b, int m, int n, int k, const float *a, int lda, const float *b, int ldb, float *c,
-                int ldc)
+void blas_sgemm(bool transpose_b, int m, int n, int k, const float *a, int lda, const float *b, int ldb,
+                float *c, int ldc)
 {
-    sgemm(CblasRowMajor, CblasNoTrans, transpose_b ? CblasTrans : CblasNoTrans, m, n, k, 1, a, lda, b, ldb, 0, c, ldc);
+    sgemm(CblasRowMajor, CblasNoTrans, transpose_b ? CblasTrans : CblasNoTrans, m, n, k, 1, a, lda, b, ldb, 0,
+          c, ldc);
 }

@@ -10,7 +10,7 @@ int blas_load(void);
 
 /* c [m, n] = a [m, k] · b, b: [k, n], or [n, k] when transpose_b. Row-major, strides lda, ldb, ldc. Runs on the calling
  * thread; several threads may call it at once. */
-void blas_sgemm(bool transpose_b, int m, int n, int k, const float *a, int lda, const float *b, int ldb, float *c,
-                int ldc);
+void blas_sgemm(bool transpose_b, int m, int n, int k, const float *a, int lda, const float *b, int ldb,
+                float *c, int ldc);
 
 #endif

@@ -43,9 +43,10 @@ static int64_t first_nonfinite(const struct mat *w, int64_t row, int64_t from)
 {
     const size_t at = (size_t)(row * w->stride + from);
     const uint32_t mask = exponent_mask(w->dtype);
-    const int64_t found = w->dtype == DTYPE_F32
-                              ? first_nonfinite_32((const uint32_t *)w->data + at, w->cols - from, mask)
-                              : first_nonfinite_16((const uint16_t *)w->data + at, w->cols - from, (uint16_t)mask);
+    const int64_t found =
+        w->dtype == DTYPE_F32
+            ? first_nonfinite_32((const uint32_t *)w->data + at, w->cols - from, mask)
+            : first_nonfinite_16((const uint16_t *)w->data + at, w->cols - from, (uint16_t)mask);
     return found < 0 ? -1 : found + from;
 }
 

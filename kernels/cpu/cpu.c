@@ -13,7 +13,8 @@ int cpu_open(struct backend *b, int n_threads)
         return ERR_MEMORY;
     b->state = s;
     int rc = parallel_open(&s->pool, n_threads);
-    if (!rc && !(s->scratch = mem_alloc((size_t)parallel_workers(s->pool), sizeof *s->scratch, "scratch memory")))
+    if (!rc &&
+        !(s->scratch = mem_alloc((size_t)parallel_workers(s->pool), sizeof *s->scratch, "scratch memory")))
         rc = ERR_MEMORY;
     for (int i = 0; !rc && i < parallel_workers(s->pool); i++)
         if (!(s->scratch[i] = mem_alloc_aligned(CPU_SCRATCH_BYTES, "scratch memory")))

@@ -39,9 +39,10 @@ int cpu_zero_nonfinite(const struct mat *w, int64_t *count);
 int cpu_squared_error(const struct mat *a, const struct mat *b, double *error, double *reference);
 int cpu_embed(const struct backend *b, const struct mat *table, const int32_t *ids, float scale,
               const struct mat *out);
-int cpu_rms_norm(const struct backend *b, const struct mat *x, const struct mat *w, const struct norm_spec *spec,
-                 const struct mat *residual, const struct mat *out);
-int cpu_rope_table(const struct backend *b, const float *inv_freq, int64_t first_position, const struct mat *table);
+int cpu_rms_norm(const struct backend *b, const struct mat *x, const struct mat *w,
+                 const struct norm_spec *spec, const struct mat *residual, const struct mat *out);
+int cpu_rope_table(const struct backend *b, const float *inv_freq, int64_t first_position,
+                   const struct mat *table);
 int cpu_rope(const struct backend *b, const struct mat *x, int head_dim, const struct mat *table);
 int cpu_geglu(const struct backend *b, const struct mat *gate, const struct mat *up, const struct mat *out);
 int cpu_softcap(const struct backend *b, const struct mat *x, float cap);
@@ -105,7 +106,7 @@ CPU_INLINE vfloat vmax(vfloat a, vfloat b)
 }
 
 /* Adding 1.5·2^23 leaves the nearest integer (ties to even) in the low bits; exact for |x| < 2^22. */
-#define ROUND_MAGIC 12582912.0f
+#define ROUND_MAGIC      12582912.0f
 #define ROUND_MAGIC_BITS 0x4b400000
 
 CPU_INLINE vfloat vround(vfloat x)

@@ -104,8 +104,8 @@ static int norm_task(void *ctx, size_t run, int worker)
     return 0;
 }
 
-int cpu_rms_norm(const struct backend *b, const struct mat *x, const struct mat *w, const struct norm_spec *spec,
-                 const struct mat *residual, const struct mat *out)
+int cpu_rms_norm(const struct backend *b, const struct mat *x, const struct mat *w,
+                 const struct norm_spec *spec, const struct mat *residual, const struct mat *out)
 {
     check_f32(x);
     check_f32(out);
@@ -136,12 +136,13 @@ static int table_task(void *ctx, size_t run, int worker)
     return 0;
 }
 
-int cpu_rope_table(const struct backend *b, const float *inv_freq, int64_t first_position, const struct mat *table)
+int cpu_rope_table(const struct backend *b, const float *inv_freq, int64_t first_position,
+                   const struct mat *table)
 {
     check_f32(table);
     CHECK(table->cols % 2 == 0);
-    struct rope_job j = {.table = table, .inv_freq = inv_freq, .half = table->cols / 2,
-                         .first_position = first_position};
+    struct rope_job j = {
+        .table = table, .inv_freq = inv_freq, .half = table->cols / 2, .first_position = first_position};
     return parallel_for(cpu_state(b)->pool, n_runs(table->rows), table_task, &j);
 }
 
@@ -212,7 +213,8 @@ int cpu_geglu(const struct backend *b, const struct mat *gate, const struct mat 
     check_f32(gate);
     check_f32(up);
     check_f32(out);
-    CHECK(gate->rows == out->rows && up->rows == out->rows && gate->cols == out->cols && up->cols == out->cols);
+    CHECK(gate->rows == out->rows && up->rows == out->rows && gate->cols == out->cols &&
+          up->cols == out->cols);
     struct geglu_job j = {gate, up, out};
     return parallel_for(cpu_state(b)->pool, n_runs(out->rows), geglu_task, &j);
 }

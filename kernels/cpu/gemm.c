@@ -11,14 +11,15 @@ enum {
     STREAM_TASKS = 16, /* tasks that w's rows are shared out to, when streamed; more where they would get … */
     STREAM_ROWS = 512, /* … more rows than this */
     MAX_PANEL = 256,   /* rows of w in a panel */
-    MANY_PANELS = 16,  /* with fewer of them, x is cut into runs of RUN rows too, so that every thread has work */
+    MANY_PANELS =
+        16, /* with fewer of them, x is cut into runs of RUN rows too, so that every thread has work */
     RUN = 256,
 };
 
 struct gemm_job {
     const struct cpu_state *state;
     const struct mat *x, *out;
-    const struct mat *w;   /* one of the two */
+    const struct mat *w; /* one of the two */
     const struct qmat *q;
     int64_t panel, n_panels, run; /* rows of w in a task; such panels; rows of x in a task */
     const float *ordered; /* x in the order of stream_nibbles_v4 or stream_pairs, where one of them is used */
@@ -55,8 +56,9 @@ static int panel_task(void *ctx, size_t index, int worker)
     } else {
         widen_rows(j->w, row, n, panel);
     }
-    blas_sgemm(true, (int)m, (int)n, (int)cols, (const float *)j->x->data + from * j->x->stride, (int)j->x->stride, b,
-               (int)stride, (float *)j->out->data + from * j->out->stride + row, (int)j->out->stride);
+    blas_sgemm(true, (int)m, (int)n, (int)cols, (const float *)j->x->data + from * j->x->stride,
+               (int)j->x->stride, b, (int)stride, (float *)j->out->data + from * j->out->stride + row,
+               (int)j->out->stride);
     return 0;
 }
 
@@ -174,7 +176,8 @@ __attribute__((target("arch=x86-64-v4"))) static void stream_nibbles_v4(const st
 }
 
 /* Any other layout or processor: dequantize a row, then multiply. */
-CPU_CLONES static void stream_floats(const struct mat *x, const float *w, int64_t cols, float *out, int64_t stride)
+CPU_CLONES static void stream_floats(const struct mat *x, const float *w, int64_t cols, float *out,
+                                     int64_t stride)
 {
     for (int64_t r = 0; r < x->rows; r++) {
         const float *row = (const float *)x->data + r * x->stride;
@@ -197,7 +200,8 @@ static int stream_task(void *ctx, size_t index, int worker)
     float *scratch = j->state->scratch[worker];
     for (int64_t row = first; row < end; row++) {
         float *out = (float *)j->out->data + row;
-        const uint16_t *bf16 = j->w && j->w->dtype == DTYPE_BF16 ? (const uint16_t *)j->w->data + row * j->w->stride : NULL;
+        const uint16_t *bf16 =
+            j->w && j->w->dtype == DTYPE_BF16 ? (const uint16_t *)j->w->data + row * j->w->stride : NULL;
         if (j->ordered && j->q) {
             stream_nibbles_v4(j, row);
         } else if (j->ordered) {

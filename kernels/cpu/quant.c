@@ -87,7 +87,8 @@ static struct choice plain_choice(struct extremes e, const struct scale_spec *sp
 {
     if (!symmetric) { /* both rules: the whole range of the group over the whole range of codes */
         const float width = e.high - e.low, steps = r.high - r.low;
-        const float step = width <= FLT_MAX ? width * shrink / steps : e.high * shrink / steps - e.low * shrink / steps;
+        const float step =
+            width <= FLT_MAX ? width * shrink / steps : e.high * shrink / steps - e.low * shrink / steps;
         const float scale = storable_scale(step);
         const float zero = rintf(r.low - e.low * shrink / scale);
         return (struct choice){scale, fminf(fmaxf(zero, r.low), r.high)};
@@ -103,8 +104,8 @@ static struct choice plain_choice(struct extremes e, const struct scale_spec *sp
 /* Candidates of the least-squares search: the extreme at the lowest code and at the highest, each clipped in
  * steps of 3 % down to 67 %; then the two neighbours half a step away from the best. Finer ladders and a wider
  * range changed the error by less than 0.1 %. */
-static struct choice mse_choice(const struct mat *w, int64_t row, int64_t col, int64_t n, const struct qmat *q,
-                                const struct scale_spec *spec)
+static struct choice mse_choice(const struct mat *w, int64_t row, int64_t col, int64_t n,
+                                const struct qmat *q, const struct scale_spec *spec)
 {
     const struct code_range r = code_range(q->bits);
     const bool symmetric = !q->zeros.data;
@@ -141,8 +142,8 @@ static int check_qmat(const struct qmat *q, const char *op)
         return err_set(ERR_UNSUPPORTED, "%s: %d bits, expected 4 or 8", op, q->bits);
     CHECK(q->group > 0 && q->scales.dtype == DTYPE_BF16);
     if (q->group % LANES && q->group < q->cols) /* a group begins at a whole vector of its row */
-        return err_set(ERR_UNSUPPORTED, "%s: groups of %d columns, expected a multiple of %d or whole rows", op,
-                       (int)q->group, LANES);
+        return err_set(ERR_UNSUPPORTED, "%s: groups of %d columns, expected a multiple of %d or whole rows",
+                       op, (int)q->group, LANES);
     CHECK(q->scales.cols == (q->cols + q->group - 1) / q->group);
     CHECK(!q->zeros.data || (q->zeros.dtype == DTYPE_I8 && q->zeros.cols == q->scales.cols));
     return 0;
@@ -158,10 +159,9 @@ static int find_scales(const struct mat *w, const struct scale_spec *spec, struc
     for (int64_t r = 0; r < w->rows; r++)
         for (int64_t g = 0; g < q->scales.cols; g++) {
             const int64_t col = g * q->group, n = min64(q->group, w->cols - col);
-            const struct choice c = spec->rule == SCALE_MSE
-                                        ? mse_choice(w, r, col, n, q, spec)
-                                        : plain_choice(group_extremes(w, r, col, n), spec, range,
-                                                       !q->zeros.data, 1);
+            const struct choice c = spec->rule == SCALE_MSE ? mse_choice(w, r, col, n, q, spec)
+                                                            : plain_choice(group_extremes(w, r, col, n), spec,
+                                                                           range, !q->zeros.data, 1);
             ((uint16_t *)q->scales.data)[r * q->scales.stride + g] = half_to_bf16(c.scale);
             if (q->zeros.data)
                 ((int8_t *)q->zeros.data)[r * q->zeros.stride + g] = (int8_t)c.zero;

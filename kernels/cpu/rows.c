@@ -82,9 +82,9 @@ static int rows_task(void *ctx, size_t row, int worker)
 int cpu_compare_rows(const struct backend *b, const struct mat *logits_a, const struct mat *logits_b,
                      const int32_t *targets, struct row_comparison *out)
 {
-    CHECK(logits_a->dtype == DTYPE_F32 && (!logits_b || (logits_b->dtype == DTYPE_F32 &&
-                                                         logits_b->rows == logits_a->rows &&
-                                                         logits_b->cols == logits_a->cols)));
+    CHECK(logits_a->dtype == DTYPE_F32 &&
+          (!logits_b || (logits_b->dtype == DTYPE_F32 && logits_b->rows == logits_a->rows &&
+                         logits_b->cols == logits_a->cols)));
     struct rows_job j = {logits_a, logits_b, targets, out};
     return parallel_for(cpu_state(b)->pool, (size_t)logits_a->rows, rows_task, &j);
 }

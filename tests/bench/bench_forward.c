@@ -149,15 +149,16 @@ int main(int argc, char **argv)
     struct weights w;
     struct forward *f;
     struct parallel *pool;
-    if (argc < 2 || model_open(&m, argv[1]) < 0 || model_bind(&m, NULL, NULL) < 0 || backend_open(&b, "cpu", 0) < 0 ||
-        weights_load(&w, &m, &b) < 0 ||
+    if (argc < 2 || model_open(&m, argv[1]) < 0 || model_bind(&m, NULL, NULL) < 0 ||
+        backend_open(&b, "cpu", 0) < 0 || weights_load(&w, &m, &b) < 0 ||
         forward_open(&f, &w, tokens + ROUNDS * DECODE_TOKENS, tokens) < 0 || parallel_open(&pool, 0) < 0) {
         fprintf(stderr, "bench_forward: %s\n", argc < 2 ? "MODEL is missing" : err_message());
         return 3;
     }
     const int64_t vocab = w.embedding.rows;
     int32_t *ids = mem_alloc((size_t)tokens, sizeof *ids, "bench");
-    const struct mat logits = {mem_alloc_aligned((size_t)vocab * sizeof(float), "bench"), DTYPE_F32, 1, vocab, vocab};
+    const struct mat logits = {mem_alloc_aligned((size_t)vocab * sizeof(float), "bench"), DTYPE_F32, 1, vocab,
+                               vocab};
     CHECK(ids && logits.data);
     for (int64_t i = 0; i < tokens; i++)
         ids[i] = i ? (int32_t)(3 + i * 7919 % (vocab - 3)) : 2;
@@ -165,12 +166,12 @@ int main(int argc, char **argv)
     measure_bounds(pool, &sgemm, &memory);
     const double prefill = prefill_seconds(f, ids, tokens), decode = decode_seconds(f, &w, &logits);
     const double flops = 2 * linear_weights(&m) * (double)tokens + attention_flops(&w, tokens);
-    printf("%d threads; bounds: sgemm %.1f GFLOP/s, memory reads %.1f GB/s\n", parallel_workers(pool), sgemm / 1e9,
-           memory / 1e9);
+    printf("%d threads; bounds: sgemm %.1f GFLOP/s, memory reads %.1f GB/s\n", parallel_workers(pool),
+           sgemm / 1e9, memory / 1e9);
     printf("prefill of %lld tokens: %.3f s, %.1f GFLOP/s, %.0f %% of sgemm\n", (long long)tokens, prefill,
            flops / prefill / 1e9, 100 * flops / prefill / sgemm);
-    printf("decode: %.2f ms a token, %.1f tokens/s, %.1f GB/s of weights, %.0f %% of memory reads\n", 1e3 * decode,
-           1 / decode, (double)w.bytes / decode / 1e9, 100 * (double)w.bytes / decode / memory);
+    printf("decode: %.2f ms a token, %.1f tokens/s, %.1f GB/s of weights, %.0f %% of memory reads\n",
+           1e3 * decode, 1 / decode, (double)w.bytes / decode / 1e9, 100 * (double)w.bytes / decode / memory);
     free(ids);
     free(logits.data);
     forward_close(f);

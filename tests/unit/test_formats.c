@@ -242,7 +242,8 @@ static void test_hashes(void **state)
         for (size_t i = 0; i < 2; i++) {
             const struct tensor *t = &ck.tensors[i];
             struct hash128 expected;
-            assert_ok(tensor_hash_combine(i ? &abc : pieces, i ? 1 : n, t->dtype, t->n_dims, t->shape, &expected));
+            assert_ok(
+                tensor_hash_combine(i ? &abc : pieces, i ? 1 : n, t->dtype, t->n_dims, t->shape, &expected));
             assert_true(hash_equal(hashes[i], expected));
         }
         parallel_close(pool);
