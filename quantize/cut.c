@@ -5,7 +5,7 @@
 #include "base/file.h"
 #include "base/mem.h"
 #include "formats/record.h"
-#include "quantize/workplace.h"
+#include "quantize/staging.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -13,7 +13,7 @@
 
 struct cut {
     struct cut_options options;
-    struct workplace place;
+    struct staging place;
     struct model source;
     struct recipe_plan plan;
     struct writer *writer;
@@ -30,7 +30,7 @@ int cut_open(struct cut **out, const struct cut_options *options)
     if (!c)
         return ERR_MEMORY;
     c->options = *options;
-    int rc = workplace_init(&c->place, options->out);
+    int rc = staging_init(&c->place, options->out);
     if (!rc)
         rc = model_open_unquantized(&c->source, options->model);
     if (!rc)
@@ -60,7 +60,7 @@ void cut_close(struct cut *c)
     parallel_close(c->pool);
     recipe_plan_free(&c->plan);
     model_close(&c->source);
-    workplace_free(&c->place);
+    staging_free(&c->place);
     free(c);
 }
 
@@ -160,7 +160,7 @@ static int write_config(const struct cut *c)
     if (!rc)
         rc = hf_config_splice(&c->source.config, json.data, &config);
     if (!rc)
-        rc = workplace_write(&c->place, "config.json", config.data, config.len);
+        rc = staging_write(&c->place, "config.json", config.data, config.len);
     text_free(&config);
     text_free(&json);
     quant_config_free(&quant);
@@ -204,7 +204,7 @@ static void write_linears(const struct cut *c, struct text *t)
 static int write_files(const struct cut *c, struct text *t)
 {
     struct file_list list;
-    int rc = workplace_files(&c->place, &list);
+    int rc = staging_files(&c->place, &list);
     if (rc < 0)
         return rc;
     json_put_key(t, "files");
@@ -250,7 +250,7 @@ static int write_record(const struct cut *c, const char *backend)
     if (!rc)
         rc = text_finish(&t);
     if (!rc)
-        rc = workplace_write(&c->place, RECORD_NAME, t.data, t.len);
+        rc = staging_write(&c->place, RECORD_NAME, t.data, t.len);
     text_free(&t);
     return rc;
 }
@@ -295,7 +295,7 @@ static int build(struct cut *c, const struct cut_events *events)
     if (!rc)
         rc = pipeline_run(c->pipeline, c->pool, c->options.device, &inner);
     if (!rc)
-        rc = workplace_copy_side_files(&c->place, c->source.folder);
+        rc = staging_copy_side_files(&c->place, c->source.folder);
     if (!rc)
         rc = write_config(c);
     if (!rc)
@@ -312,15 +312,15 @@ static int build(struct cut *c, const struct cut_events *events)
 
 int cut_run(struct cut *c, const struct cut_events *events)
 {
-    int rc = workplace_begin(&c->place, c->options.overwrite);
+    int rc = staging_begin(&c->place, c->options.overwrite);
     if (rc < 0)
         return rc;
     rc = build(c, events);
     if (!rc && err_interrupt_requested())
         rc = err_interrupted();
     if (!rc)
-        rc = workplace_commit(&c->place);
+        rc = staging_commit(&c->place);
     if (rc < 0)
-        workplace_abandon(&c->place);
+        staging_abandon(&c->place);
     return rc;
 }

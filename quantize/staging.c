@@ -1,4 +1,4 @@
-#include "quantize/workplace.h"
+#include "quantize/staging.h"
 
 #include "base/err.h"
 #include "base/mem.h"
@@ -15,9 +15,9 @@
 
 static const char marker_name[] = ".gemcut-partial";
 
-int workplace_init(struct workplace *w, const char *out)
+int staging_init(struct staging *w, const char *out)
 {
-    *w = (struct workplace){.lock = -1};
+    *w = (struct staging){.lock = -1};
     size_t n = strlen(out);
     while (n > 1 && out[n - 1] == '/')
         n--;
@@ -31,14 +31,14 @@ int workplace_init(struct workplace *w, const char *out)
     return w->marker ? 0 : ERR_MEMORY;
 }
 
-void workplace_free(struct workplace *w)
+void staging_free(struct staging *w)
 {
     if (w->lock >= 0)
         close(w->lock);
     free(w->out);
     free(w->partial);
     free(w->marker);
-    *w = (struct workplace){.lock = -1};
+    *w = (struct staging){.lock = -1};
 }
 
 static bool is_real_folder(const char *path)
@@ -48,7 +48,7 @@ static bool is_real_folder(const char *path)
 }
 
 /* Only a folder that carries gemcut's record may be replaced. */
-static int check_out(struct workplace *w, bool overwrite)
+static int check_out(struct staging *w, bool overwrite)
 {
     w->replaces = file_exists(w->out);
     if (!w->replaces)
@@ -65,7 +65,7 @@ static int check_out(struct workplace *w, bool overwrite)
                           w->out, RECORD_NAME);
 }
 
-static int take_lock(struct workplace *w)
+static int take_lock(struct staging *w)
 {
     w->lock = open(w->marker, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666);
     if (w->lock < 0)
@@ -78,7 +78,7 @@ static int take_lock(struct workplace *w)
 }
 
 /* Empties what a killed run left behind, marker excepted. */
-static int clear_leftovers(const struct workplace *w)
+static int clear_leftovers(const struct staging *w)
 {
     struct file_list list;
     int rc = file_list(&list, w->partial);
@@ -92,7 +92,7 @@ static int clear_leftovers(const struct workplace *w)
     return rc;
 }
 
-int workplace_begin(struct workplace *w, bool overwrite)
+int staging_begin(struct staging *w, bool overwrite)
 {
     int rc = check_out(w, overwrite);
     if (rc < 0)
@@ -113,7 +113,7 @@ int workplace_begin(struct workplace *w, bool overwrite)
     return rc < 0 ? rc : clear_leftovers(w);
 }
 
-int workplace_write(const struct workplace *w, const char *name, const void *data, size_t n)
+int staging_write(const struct staging *w, const char *name, const void *data, size_t n)
 {
     char *path = file_join(w->partial, name);
     const int rc = path ? file_write_atomic(path, data, n) : ERR_MEMORY;
@@ -143,7 +143,7 @@ static bool is_side_file(const char *name)
     return !strncmp(name, "LICENSE", 7) || !strncmp(name, "NOTICE", 6);
 }
 
-int workplace_copy_side_files(const struct workplace *w, const char *model_folder)
+int staging_copy_side_files(const struct staging *w, const char *model_folder)
 {
     struct file_list list;
     int rc = file_list(&list, model_folder);
@@ -159,7 +159,7 @@ int workplace_copy_side_files(const struct workplace *w, const char *model_folde
     return rc;
 }
 
-int workplace_files(const struct workplace *w, struct file_list *out)
+int staging_files(const struct staging *w, struct file_list *out)
 {
     int rc = file_list(out, w->partial);
     if (rc < 0)
@@ -178,7 +178,7 @@ int workplace_files(const struct workplace *w, struct file_list *out)
 
 /* The marker goes last: whatever is killed on the way, a later run recognizes the remains. With RENAME_EXCHANGE
  * the old OUT and the new one change places in one step, then the old one goes. */
-int workplace_commit(struct workplace *w)
+int staging_commit(struct staging *w)
 {
     int rc = file_sync(w->partial);
     if (!rc && !w->replaces)
@@ -196,7 +196,7 @@ int workplace_commit(struct workplace *w)
     return !rc && w->replaces ? file_remove_folder(w->partial) : rc;
 }
 
-void workplace_abandon(struct workplace *w)
+void staging_abandon(struct staging *w)
 {
     char *message = mem_strdup(err_message());
     /* its failure changes nothing: the next run clears what is left */
