@@ -67,7 +67,7 @@ else
     zstd -dqf "$data/tiny/heldout.txt.zst" -o "$tmp/heldout.txt"
     # a signed full range is worth a tenth of KL on this model; the bounds hold it against an accident, not to a figure
     check "KL, tiny, range" "$python" tests/interop/check_kl.py $tiny "$tmp/range" --text "$tmp/heldout.txt" \
-        --windows 8 --len 512 --min-kl 0.06 --max-kl 0.075
+        --windows 8 --len 512 --min-kl 0.068 --max-kl 0.081
     big=${GEMCUT_270M:-models/gemma-3-270m}
     check "Gemma 3 270M: make" tools/get-gemma3-270m "$big"
     check "Gemma 3 270M: tokenizer" "$python" tests/interop/test_270m_tokenizer.py --data "$data/data" --model "$big"
