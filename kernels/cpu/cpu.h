@@ -120,14 +120,18 @@ CPU_INLINE vfloat vround_bf16(vfloat x) /* finite x */
     return (vfloat)((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000);
 }
 
+/* Lane i and lane i + 8, then 4, 2, 1: each loop of fixed length becomes one vector addition. */
 CPU_INLINE float vsum(vfloat v)
 {
     float s[LANES];
     vstore(s, v);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++)
-            s[i] += s[i + half];
-    return s[0];
+    for (int i = 0; i < 8; i++)
+        s[i] += s[i + 8];
+    for (int i = 0; i < 4; i++)
+        s[i] += s[i + 4];
+    for (int i = 0; i < 2; i++)
+        s[i] += s[i + 2];
+    return s[0] + s[1];
 }
 
 CPU_INLINE float vhighest(vfloat v)

@@ -148,18 +148,19 @@ CPU_INLINE void stream_nibbles_rows(const struct gemm_job *j, int64_t n, int64_t
     const uint16_t *scales = (const uint16_t *)q->scales.data + row * q->scales.stride;
     const int8_t *zeros = q->zeros.data ? (const int8_t *)q->zeros.data + row * q->zeros.stride : NULL;
     vfloat sum[FEW_ROWS] = {{0}}, second[FEW_ROWS] = {{0}};
-    for (int64_t c = 0; c < cols; c += BLOCK) {
-        const int64_t g = c / q->group;
+    for (int64_t g = 0, c = 0; c < cols; g++) {
         const vfloat values = code_values(half_from_bf16(scales[g]), zeros ? (float)zeros[g] : 0);
-        vuint block;
-        memcpy(&block, words + c / 8, sizeof block);
-        for (int i = 0; i < 8; i += 2) {
-            const vfloat v0 = pick(values, (vint)(block >> 4 * i & 15));
-            const vfloat v1 = pick(values, (vint)(block >> (4 * i + 4) & 15));
-            for (int64_t r = 0; r < n; r++) {
-                const float *x = j->ordered + r * cols + c + i * LANES;
-                sum[r] += v0 * vload(x);
-                second[r] += v1 * vload(x + LANES);
+        for (const int64_t end = c + q->group < cols ? c + q->group : cols; c < end; c += BLOCK) {
+            vuint block;
+            memcpy(&block, words + c / 8, sizeof block);
+            for (int i = 0; i < 8; i += 2) {
+                const vfloat v0 = pick(values, (vint)(block >> 4 * i & 15));
+                const vfloat v1 = pick(values, (vint)(block >> (4 * i + 4) & 15));
+                for (int64_t r = 0; r < n; r++) {
+                    const float *x = j->ordered + r * cols + c + i * LANES;
+                    sum[r] += v0 * vload(x);
+                    second[r] += v1 * vload(x + LANES);
+                }
             }
         }
     }
