@@ -49,6 +49,12 @@ void text_free(struct text *t)
     *t = (struct text){0};
 }
 
+bool text_ends_with(const char *s, const char *suffix)
+{
+    const size_t n = strlen(s), m = strlen(suffix);
+    return n >= m && !strcmp(s + n - m, suffix);
+}
+
 int text_finish(struct text *t)
 {
     if (!t->failed)

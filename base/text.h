@@ -22,6 +22,9 @@ void text_add(struct text *t, const char *s);
 void text_printf(struct text *t, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 void text_free(struct text *t);
 
+/* Whether s ends with suffix; equal strings do. */
+bool text_ends_with(const char *s, const char *suffix);
+
 /* 0, or ERR_MEMORY when any append failed. The caller then owns t->data until text_free. */
 int text_finish(struct text *t);
 

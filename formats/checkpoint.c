@@ -4,6 +4,7 @@
 #include "base/file.h"
 #include "base/json.h"
 #include "base/mem.h"
+#include "base/text.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -176,12 +177,6 @@ static int open_indexed(struct checkpoint *ck, const char *index_path)
     return rc;
 }
 
-static bool has_suffix(const char *s, const char *suffix)
-{
-    const size_t n = strlen(s), m = strlen(suffix);
-    return n >= m && !strcmp(s + n - m, suffix);
-}
-
 static int open_single(struct checkpoint *ck)
 {
     struct file_list list;
@@ -191,7 +186,7 @@ static int open_single(struct checkpoint *ck)
     const char *found = NULL;
     size_t n = 0;
     for (size_t i = 0; i < list.n; i++) {
-        if (!has_suffix(list.names[i], ".safetensors"))
+        if (!text_ends_with(list.names[i], ".safetensors"))
             continue;
         n++;
         if (!found || !strcmp(list.names[i], "model.safetensors"))

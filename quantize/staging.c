@@ -2,6 +2,7 @@
 
 #include "base/err.h"
 #include "base/mem.h"
+#include "base/text.h"
 #include "formats/record.h"
 
 #include <errno.h>
@@ -121,24 +122,18 @@ int staging_write(const struct staging *w, const char *name, const void *data, s
     return rc;
 }
 
-static bool has_suffix(const char *s, const char *suffix)
-{
-    const size_t n = strlen(s), m = strlen(suffix);
-    return n >= m && !strcmp(s + n - m, suffix);
-}
-
 /* Weights in any format, their indices and what is written anew stay behind. */
 static bool is_side_file(const char *name)
 {
     static const char *const kept[] = {".json", ".jinja", ".model", ".txt", ".md"};
     static const char *const left[] = {".index.json", "config.json", RECORD_NAME, "quantize_config.json"};
     for (size_t i = 0; i < sizeof left / sizeof *left; i++)
-        if (left[i][0] == '.' ? has_suffix(name, left[i]) : !strcmp(name, left[i]))
+        if (left[i][0] == '.' ? text_ends_with(name, left[i]) : !strcmp(name, left[i]))
             return false;
     if (name[0] == '.')
         return false;
     for (size_t i = 0; i < sizeof kept / sizeof *kept; i++)
-        if (has_suffix(name, kept[i]))
+        if (text_ends_with(name, kept[i]))
             return true;
     return !strncmp(name, "LICENSE", 7) || !strncmp(name, "NOTICE", 6);
 }
@@ -167,7 +162,7 @@ int staging_files(const struct staging *w, struct file_list *out)
     size_t n = 0;
     for (size_t i = 0; i < out->n; i++) {
         char *name = out->names[i];
-        if (!strcmp(name, marker_name) || has_suffix(name, ".safetensors") || has_suffix(name, ".index.json"))
+        if (!strcmp(name, marker_name) || text_ends_with(name, ".safetensors") || text_ends_with(name, ".index.json"))
             free(name);
         else
             out->names[n++] = name;

@@ -8,42 +8,23 @@
 #include <string.h>
 
 /* Defaults are those of the transformers classes: released Gemma 3 multimodal configs omit most keys. */
+#define GEMMA3_TEXT_DEFAULTS                                                                                 \
+    .vocab_size = 262208, .hidden_size = 2304, .intermediate_size = 9216, .n_layers = 26, .n_heads = 8,      \
+    .n_kv_heads = 4, .head_dim = 256, .sliding_window = 4096, .sliding_pattern = 6, .max_positions = 131072, \
+    .query_pre_attn_scalar = 256, .rope_theta = 1e6, .rope_local_theta = 1e4
+
 static const struct gemma_family families[] = {
     {.title = "Gemma 3",
      .model_type = "gemma3_text",
      .prefixes = {"model."},
      .ignores = {"re:.*lm_head", "lm_head"},
-     .vocab_size = 262208,
-     .hidden_size = 2304,
-     .intermediate_size = 9216,
-     .n_layers = 26,
-     .n_heads = 8,
-     .n_kv_heads = 4,
-     .head_dim = 256,
-     .sliding_window = 4096,
-     .sliding_pattern = 6,
-     .max_positions = 131072,
-     .query_pre_attn_scalar = 256,
-     .rope_theta = 1e6,
-     .rope_local_theta = 1e4},
+     GEMMA3_TEXT_DEFAULTS},
     {.title = "Gemma 3 multimodal",
      .model_type = "gemma3",
      .text_model_type = "gemma3_text",
      .prefixes = {"language_model.model.", "model.language_model."},
      .ignores = {"re:.*vision_tower.*", "re:.*multi_modal_projector.*", "re:.*lm_head", "lm_head"},
-     .vocab_size = 262208,
-     .hidden_size = 2304,
-     .intermediate_size = 9216,
-     .n_layers = 26,
-     .n_heads = 8,
-     .n_kv_heads = 4,
-     .head_dim = 256,
-     .sliding_window = 4096,
-     .sliding_pattern = 6,
-     .max_positions = 131072,
-     .query_pre_attn_scalar = 256,
-     .rope_theta = 1e6,
-     .rope_local_theta = 1e4},
+     GEMMA3_TEXT_DEFAULTS},
 };
 static const size_t n_families = sizeof families / sizeof *families;
 
