@@ -31,7 +31,7 @@ const char *err_name(int code);
 
 /* An invariant of the program, not of its input. Stays on in Release; prints file, line and condition, aborts. */
 #define CHECK(cond) ((cond) ? (void)0 : err_check_failed(#cond, __FILE__, __LINE__))
-_Noreturn void err_check_failed(const char *cond, const char *file, int line);
+void err_check_failed(const char *cond, const char *file, int line) __attribute__((noreturn));
 
 /* Set by the signal handler; long loops poll it and return err_interrupted(). */
 void err_request_interrupt(void);

@@ -2,15 +2,17 @@
 #include "cli/cmd.h"
 
 #include "base/err.h"
+#include "cli/machine.h"
 #include "cli/opt.h"
 #include "cli/output.h"
 #include "cli/progress.h"
 #include "report/run.h"
 
 struct args {
-    const char *model, *text, *device;
+    const char *model, *text;
     int task;
-    int64_t windows, length, threads;
+    int64_t windows, length;
+    struct machine_options machine;
     struct output_options output;
 };
 
@@ -48,19 +50,7 @@ static const struct opt options[] = {
      .min = 2,
      .max = 1000000,
      .help = "tokens of a window, <bos> included"},
-    {OPT_SECTION("Machine")},
-    {.name = "device",
-     OPT_TO_STRING(struct args, device),
-     .value = "DEVICE",
-     .initial = "auto",
-     .help = "auto or cpu"},
-    {.name = "threads",
-     OPT_TO_INT(struct args, threads),
-     .value = "N",
-     .min = 0,
-     .max = 1024,
-     .initial = "0",
-     .help = "0 = one for each processor; the result is the same with any number"},
+    MACHINE_OPTS(struct args, machine),
     OUTPUT_OPTS(struct args, output),
 };
 
@@ -91,7 +81,7 @@ static int print_likelihood(const struct args *a, const struct likelihood *l)
                     a->text ? a->text : "built-in prose", l->n_windows, (long long)a->length);
         return output_print(&out);
     }
-    output_json_begin(&out, a->device, NULL);
+    output_json_begin(&out, a->machine.name, NULL);
     json_kv_string(&out, "model", a->model);
     json_kv_string(&out, "text", a->text);
     json_kv_uint(&out, "windows", l->n_windows);
@@ -104,15 +94,18 @@ static int print_likelihood(const struct args *a, const struct likelihood *l)
     return output_json_end(&out);
 }
 
-static int measure(const struct args *a, const struct runnable *r)
+static int measure(const struct args *a, struct session *s)
 {
     struct windows text;
     struct likelihood l;
-    int rc = run_windows_of(&text, r, a->text, a->length, a->windows);
+    int rc = run_windows_of(&text, &s->runnable, a->text, a->length, a->windows);
     if (rc < 0)
         return rc;
+    int64_t batch = run_batch(&s->backend, a->length, (int64_t)text.n);
+    rc = session_load(s, a->length, a->length, &batch);
     progress_begin("perplexity", PROGRESS_ITEMS, text.n);
-    rc = likelihood_measure(&l, &r->weights, &text, on_window, NULL);
+    if (!rc)
+        rc = likelihood_measure(&l, &s->runnable.weights, &text, batch, on_window, NULL);
     progress_end();
     windows_free(&text);
     return rc < 0 ? rc : print_likelihood(a, &l);
@@ -124,10 +117,12 @@ int cmd_eval(int argc, char **argv)
     int rc = cmd_begin(&spec, argc, argv, &a, &a.output);
     if (rc)
         return rc;
+    if ((rc = machine_begin(&a.machine)) < 0)
+        return rc;
     struct session s;
-    rc = session_open(&s, a.model, a.device, (int)a.threads);
+    rc = session_open(&s, a.model, a.machine.name, (int)a.machine.threads);
     if (!rc)
-        rc = measure(&a, &s.runnable);
+        rc = measure(&a, &s);
     session_close(&s);
     return rc;
 }

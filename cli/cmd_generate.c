@@ -4,6 +4,7 @@
 #include "base/err.h"
 #include "base/file.h"
 #include "base/mem.h"
+#include "cli/machine.h"
 #include "cli/opt.h"
 #include "cli/output.h"
 #include "formats/chat_template.h"
@@ -13,10 +14,11 @@
 #include <string.h>
 
 struct args {
-    const char *model, *prompt, *file, *system, *image, *device;
-    int64_t tokens, top_k, seed, threads;
+    const char *model, *prompt, *file, *system, *image;
+    int64_t tokens, top_k, seed;
     double temperature, top_p;
     bool chat, ignore_eos;
+    struct machine_options machine;
     struct output_options output;
 };
 
@@ -83,19 +85,7 @@ static const struct opt options[] = {
      .min = 0,
      .max = INT64_MAX,
      .help = "same seed, same text"},
-    {OPT_SECTION("Machine")},
-    {.name = "device",
-     OPT_TO_STRING(struct args, device),
-     .value = "DEVICE",
-     .initial = "auto",
-     .help = "auto or cpu"},
-    {.name = "threads",
-     OPT_TO_INT(struct args, threads),
-     .value = "N",
-     .min = 0,
-     .max = 1024,
-     .initial = "0",
-     .help = "0 = one for each processor; the text is the same with any number"},
+    MACHINE_OPTS(struct args, machine),
     OUTPUT_OPTS(struct args, output),
 };
 
@@ -193,7 +183,7 @@ static const char *const ends[] = {
 static int finish_json(const struct args *a, const struct writing *w, const struct generate_result *g)
 {
     struct text out = {0};
-    output_json_begin(&out, a->device, &a->seed);
+    output_json_begin(&out, a->machine.name, &a->seed);
     json_kv_string(&out, "text", w->whole.data ? w->whole.data : "");
     json_kv_string(&out, "end", ends[g->end]);
     json_kv_int(&out, "prompt_tokens", g->n_prompt);
@@ -225,12 +215,14 @@ static int finish_text(struct writing *w, const struct generate_result *g)
     return rc;
 }
 
-static int write_text(const struct args *a, const struct runnable *r, const struct token_list *ids)
+static int write_text(const struct args *a, struct session *session, const struct token_list *ids)
 {
+    const struct runnable *r = &session->runnable;
     const struct sampling s = {
         .temperature = a->temperature, .top_k = a->top_k, .top_p = a->top_p, .seed = (uint64_t)a->seed};
     const int64_t context = r->model->gemma.max_positions, n = (int64_t)ids->n;
     const int64_t positions = a->tokens < context - n ? n + a->tokens : context;
+    const struct forward_size size = {1, positions, generate_rows(positions)};
     struct stop_ids stop = {0};
     struct forward *f = NULL;
     struct writing w = {0};
@@ -240,8 +232,11 @@ static int write_text(const struct args *a, const struct runnable *r, const stru
     const int32_t end_of_turn = tokenizer_token_id(r->tokenizer, "<end_of_turn>");
     if (!rc && a->chat && !a->ignore_eos && end_of_turn >= 0 && stop.n < sizeof stop.ids / sizeof *stop.ids)
         stop.ids[stop.n++] = end_of_turn;
+    int64_t n_sequences = 1;
     if (!rc)
-        rc = forward_open(&f, &r->weights, positions, positions < 512 ? positions : 512);
+        rc = session_load(session, size.max_positions, size.max_rows, &n_sequences);
+    if (!rc)
+        rc = forward_open(&f, &r->weights, &size);
     if (!rc)
         rc = generate_run(f, &r->weights, ids->ids, n, a->tokens, &s, &stop, on_token, &w, &g);
     if (!rc && output_json()) {
@@ -270,13 +265,15 @@ int cmd_generate(int argc, char **argv)
         return err_set(ERR_USAGE, "expected a prompt: either --prompt TEXT or --file FILE");
     if (a.system && !a.chat)
         return err_set(ERR_USAGE, "--system needs --chat");
+    if ((rc = machine_begin(&a.machine)) < 0)
+        return rc;
     struct session s;
     struct token_list ids = {0};
-    rc = session_open(&s, a.model, a.device, (int)a.threads);
+    rc = session_open(&s, a.model, a.machine.name, (int)a.machine.threads);
     if (!rc)
         rc = make_prompt(&a, &s.runnable, &ids);
     if (!rc)
-        rc = write_text(&a, &s.runnable, &ids);
+        rc = write_text(&a, &s, &ids);
     token_list_free(&ids);
     session_close(&s);
     return rc;

@@ -6,6 +6,7 @@
 #include "base/file.h"
 #include "base/mem.h"
 #include "cli/human.h"
+#include "cli/machine.h"
 #include "cli/opt.h"
 #include "cli/output.h"
 #include "cli/progress.h"
@@ -15,12 +16,12 @@
 #include <stdlib.h>
 
 struct args {
-    const char *model, *out, *device, *group_size, *report;
+    const char *model, *out, *group_size, *report;
     int method, scheme, scales, scale_sign, ragged;
     struct opt_list ignore, only, overrides;
     uint64_t shard_size;
-    int64_t threads;
     bool allow_nonfinite, dry_run, overwrite, no_verify;
+    struct machine_options machine;
     struct output_options output;
 };
 
@@ -103,19 +104,7 @@ static const struct opt options[] = {
      OPT_TO_STRING(struct args, report),
      .value = "FILE",
      .help = "write the result as JSON, with every linear's error and the times"},
-    {OPT_SECTION("Machine")},
-    {.name = "device",
-     OPT_TO_STRING(struct args, device),
-     .value = "DEVICE",
-     .initial = "auto",
-     .help = "auto or cpu"},
-    {.name = "threads",
-     OPT_TO_INT(struct args, threads),
-     .value = "N",
-     .min = 0,
-     .max = 1024,
-     .initial = "0",
-     .help = "0 = one for each processor; the result is the same with any number"},
+    MACHINE_OPTS(struct args, machine),
     OUTPUT_OPTS(struct args, output),
 };
 
@@ -340,7 +329,7 @@ static void result_json(const struct cut *cut, const struct args *a, double seco
 static int write_report(const struct cut *cut, const struct args *a, double seconds)
 {
     struct text t = {0};
-    output_json_begin(&t, a->device, NULL);
+    output_json_begin(&t, a->machine.name, NULL);
     result_json(cut, a, seconds, &t);
     json_end_object(&t);
     text_add(&t, "\n");
@@ -358,7 +347,7 @@ static int dry_run(const struct cut *cut, const struct args *a, const struct rec
     struct text out = {0};
     int rc;
     if (output_json()) {
-        output_json_begin(&out, a->device, NULL);
+        output_json_begin(&out, a->machine.name, NULL);
         rc = plan_json(cut, recipe, &out);
         if (!rc)
             rc = output_json_end(&out);
@@ -384,7 +373,7 @@ static int run(struct cut *cut, const struct args *a, const struct recipe *recip
     if (rc < 0)
         return rc;
     if (output_json()) {
-        output_json_begin(&out, a->device, NULL);
+        output_json_begin(&out, a->machine.name, NULL);
         result_json(cut, a, seconds, &out);
         return output_json_end(&out);
     }
@@ -399,15 +388,17 @@ int cmd_quantize(int argc, char **argv)
     struct cut *cut = NULL;
     int rc = cmd_begin(&spec, argc, argv, &a, &a.output);
     if (!rc)
+        rc = machine_begin(&a.machine);
+    if (!rc)
         rc = make_recipe(&a, &recipe);
     if (!rc) {
         const struct cut_options job = {.model = a.model,
                                         .out = a.out,
-                                        .device = a.device,
+                                        .device = a.machine.name,
                                         .version = GEMCUT_VERSION,
                                         .recipe = recipe,
                                         .shard_bytes = a.shard_size,
-                                        .n_workers = (int)a.threads,
+                                        .n_workers = (int)a.machine.threads,
                                         .overwrite = a.overwrite,
                                         .skip_check = a.no_verify};
         rc = cut_open(&cut, &job);

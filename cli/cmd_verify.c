@@ -4,6 +4,7 @@
 #include "base/err.h"
 #include "base/mem.h"
 #include "cli/human.h"
+#include "cli/machine.h"
 #include "cli/opt.h"
 #include "cli/output.h"
 #include "cli/progress.h"
@@ -171,10 +172,11 @@ static int describe_json(const struct verify_report *r, struct text *out)
 /* --- behaviour ------------------------------------------------------------------------------------------------ */
 
 struct args {
-    const char *cut, *against, *device, *text, *prompt;
-    int64_t threads, windows, length, tokens;
+    const char *cut, *against, *text, *prompt;
+    int64_t windows, length, tokens;
     double max_kl, min_top1, max_perplexity_ratio;
     bool no_run;
+    struct machine_options machine;
     struct output_options output;
 };
 
@@ -191,35 +193,52 @@ static void on_window(void *ctx, size_t window)
     progress_update(window + 1, NULL);
 }
 
+/* Both models on the text, then each on the prompt. */
 static int run_both(const struct args *a, const struct runnable *original, const struct runnable *cut,
-                    struct run_report *out)
+                    const struct windows *text, int64_t batch, struct run_report *out)
 {
-    struct windows text;
-    int rc = run_windows_of(&text, original, a->text, a->length, a->windows);
-    if (rc < 0)
-        return rc;
-    progress_begin("running both models", PROGRESS_ITEMS, text.n);
-    rc = behaviour_measure(&out->behaviour, &original->weights, &cut->weights, &text, on_window, NULL);
+    progress_begin("running both models", PROGRESS_ITEMS, text->n);
+    int rc =
+        behaviour_measure(&out->behaviour, &original->weights, &cut->weights, text, batch, on_window, NULL);
     progress_end();
     out->ran = !rc;
-    windows_free(&text);
     if (!rc)
         rc = run_continuation(&out->original, original, a->prompt, a->tokens);
     return rc ? rc : run_continuation(&out->cut, cut, a->prompt, a->tokens);
+}
+
+/* Plans memory before anything is loaded. */
+static int load_both(const struct args *a, const struct backend *b, struct runnable *original,
+                     struct runnable *cut, const struct windows *text, int64_t *batch)
+{
+    const struct model *const models[] = {original->model, cut->model};
+    struct run_need need = {models, 2, run_batch(b, a->length, (int64_t)text->n), a->length, a->length};
+    int rc = run_plan(b, &need);
+    *batch = need.n_sequences;
+    if (!rc)
+        rc = runnable_load(original, b);
+    return rc ? rc : runnable_load(cut, b);
 }
 
 static int run_models(const struct args *a, const struct verify_report *r, struct run_report *out)
 {
     struct backend b;
     struct runnable original = {0}, cut = {0};
-    int rc = backend_open(&b, a->device, (int)a->threads);
+    struct windows text = {0};
+    int64_t batch;
+    int rc = backend_open(&b, a->machine.name, (int)a->machine.threads);
     if (rc < 0)
         return rc;
-    rc = runnable_open(&original, &r->source, &b);
+    rc = runnable_open(&original, &r->source);
     if (!rc)
-        rc = runnable_open(&cut, &r->cut, &b);
+        rc = runnable_open(&cut, &r->cut);
     if (!rc)
-        rc = run_both(a, &original, &cut, out);
+        rc = run_windows_of(&text, &original, a->text, a->length, a->windows);
+    if (!rc)
+        rc = load_both(a, &b, &original, &cut, &text, &batch);
+    if (!rc)
+        rc = run_both(a, &original, &cut, &text, batch, out);
+    windows_free(&text);
     runnable_close(&cut);
     runnable_close(&original);
     backend_close(&b);
@@ -384,19 +403,7 @@ static const struct opt options[] = {
      .low = 0,
      .high = INFINITY,
      .help = "perplexity, as a multiple of the original's"},
-    {OPT_SECTION("Machine")},
-    {.name = "device",
-     OPT_TO_STRING(struct args, device),
-     .value = "DEVICE",
-     .initial = "auto",
-     .help = "auto or cpu"},
-    {.name = "threads",
-     OPT_TO_INT(struct args, threads),
-     .value = "N",
-     .min = 0,
-     .max = 1024,
-     .initial = "0",
-     .help = "0 = one for each processor"},
+    MACHINE_OPTS(struct args, machine),
     OUTPUT_OPTS(struct args, output),
 };
 
@@ -419,7 +426,7 @@ static int print_report(const struct args *a, const struct verify_report *r, con
     struct text out = {0};
     int rc;
     if (output_json()) {
-        output_json_begin(&out, a->device, NULL);
+        output_json_begin(&out, a->machine.name, NULL);
         rc = describe_json(r, &out);
         if (run->ran)
             run_json(a, run, &out);
@@ -446,8 +453,10 @@ int cmd_verify(int argc, char **argv)
     const bool gated = a.max_kl >= 0 || a.min_top1 >= 0 || a.max_perplexity_ratio >= 0;
     if (gated && (!a.against || a.no_run))
         return err_set(ERR_USAGE, "thresholds need --against, and no --no-run");
+    if ((rc = machine_begin(&a.machine)) < 0)
+        return rc;
     const struct verify_options verify = {
-        .cut = a.cut, .source = a.against, .device = a.device, .n_workers = (int)a.threads};
+        .cut = a.cut, .source = a.against, .device = a.machine.name, .n_workers = (int)a.machine.threads};
     struct verify_report report;
     struct run_report run = {0};
     rc = verify_run(&report, &verify);

@@ -2,20 +2,58 @@
 
 #include "base/err.h"
 #include "kernels/cpu/cpu.h"
+#include "kernels/cuda/cuda.h"
 
+#include <stdio.h>
 #include <string.h>
+
+/* "cuda:3" → 3; −1 when it is no such name. */
+static int cuda_ordinal(const char *device)
+{
+    char rest;
+    int n;
+    if (!strcmp(device, "cuda"))
+        return 0;
+    return sscanf(device, "cuda:%d%c", &n, &rest) == 1 && n >= 0 && n < 1024 ? n : -1;
+}
+
+int backend_resolve(const char *device, char name[DEVICE_TEXT_BYTES], char title[DEVICE_TEXT_BYTES])
+{
+    if (!strcmp(device, "auto"))
+        device = cuda_count() > 0 ? "cuda:0" : "cpu";
+    if (!strcmp(device, "cpu")) {
+        snprintf(name, DEVICE_TEXT_BYTES, "cpu");
+        return cpu_title(title);
+    }
+    const int ordinal = cuda_ordinal(device);
+    if (ordinal < 0)
+        return err_set(ERR_UNSUPPORTED, "device '%s' is not known; expected auto, cpu or cuda:N", device);
+    snprintf(name, DEVICE_TEXT_BYTES, "cuda:%d", ordinal);
+    return cuda_title(ordinal, title);
+}
 
 int backend_open(struct backend *out, const char *device, int n_threads)
 {
-    if (strcmp(device, "cpu") && strcmp(device, "auto"))
-        return err_set(ERR_UNSUPPORTED, "device '%s' is not available; this build has: cpu", device);
-    *out = (struct backend){.name = "cpu", .core = &cpu_core_ops, .quant = &cpu_quant_ops};
-    return cpu_open(out, n_threads);
+    *out = (struct backend){0};
+    if (!strcmp(device, "cpu") || (!strcmp(device, "auto") && cuda_count() == 0))
+        return cpu_open(out, n_threads);
+    const int ordinal = strcmp(device, "auto") ? cuda_ordinal(device) : 0;
+    if (ordinal < 0)
+        return err_set(ERR_UNSUPPORTED, "device '%s' is not known; expected auto, cpu or cuda:N", device);
+    return cuda_open(out, ordinal);
+}
+
+int backend_open_beside(struct backend *out, const struct backend *b)
+{
+    *out = (struct backend){0};
+    return strcmp(b->name, "cpu") ? cuda_open(out, b->ordinal) : cpu_open(out, 1);
 }
 
 void backend_close(struct backend *b)
 {
-    if (b->state)
+    if (b->state && !strcmp(b->name, "cpu"))
         cpu_close(b);
+    else if (b->state)
+        cuda_close(b);
     *b = (struct backend){0};
 }

@@ -1,9 +1,14 @@
 /* The one interface to everything that computes on tensors. A backend is one open device with one stream of
  * work; several may be open on the same device and then run side by side. Operations know dtypes and shapes,
- * never tensor names, configs or files. They do not allocate, and an unsupported shape or dtype is an error
- * that says so, never a slower path taken in silence. The CPU backend is the reference: another one is right
- * when it gives the same result. On the CPU the operations of the forward pass share the backend's threads; the others
- * work on the calling thread, and who wants more of them opens more backends.
+ * never tensor names, configs or files. An unsupported shape or dtype is an error that says so, never a slower path
+ * taken in silence. The CPU backend is the reference: another one is right when it gives the same result. On the CPU
+ * the operations of the forward pass share the backend's threads; the others work on the calling thread, and who
+ * wants more of them opens more backends.
+ *
+ * Pointers in mats and qmats, and results marked "device", lie in memory of the device. Operations enqueue on the
+ * handle's stream and return; download and stage_out wait for what was enqueued before them, and so do operations that
+ * return something to host memory. They allocate nothing, but for one piece of scratch memory that a handle takes with
+ * its first product.
  *
  * Shapes: a linear's weight is [rows = out_features, cols = in_features], row-major. `group` consecutive columns
  * of a row share one scale; the last group of a row may be shorter. */
@@ -22,6 +27,24 @@ struct mat {
     enum dtype dtype;
     int64_t rows, cols, stride; /* stride: elements from row to row */
 };
+
+/* Rows [first, first + n). */
+static inline struct mat mat_rows(const struct mat *m, int64_t first, int64_t n)
+{
+    struct mat v = *m;
+    v.data = (char *)m->data + (size_t)(first * m->stride) * dtype_bytes(m->dtype);
+    v.rows = n;
+    return v;
+}
+
+/* Columns [first, first + n). */
+static inline struct mat mat_cols(const struct mat *m, int64_t first, int64_t n)
+{
+    struct mat v = *m;
+    v.data = (char *)m->data + (size_t)first * dtype_bytes(m->dtype);
+    v.cols = n;
+    return v;
+}
 
 /* A weight in 4 or 8 bits. The dequantized weight is bf16(q·scale), symmetric, or bf16((q − zero)·scale). */
 struct qmat {
@@ -59,12 +82,33 @@ struct norm_spec {
     bool unit_offset;
 };
 
-/* Causal attention of `q.rows` new tokens at positions first_position … over all keys up to their own. */
+/* A batch of sequences of equal length: row s·n + i of the activations is token i of the n new ones of sequence s,
+ * at position first_position + i. Its keys and values are row s·max_positions + position of the cache. */
+struct sequences {
+    int64_t n; /* sequences */
+    int64_t first_position, max_positions;
+};
+
+/* Heads of a layer: query head h reads key/value head h / (n_heads / n_kv_heads). */
+struct heads {
+    int n_heads, n_kv_heads, head_dim;
+};
+
+/* From a layer's projections to its queries and its share of the cache. */
+struct qkv_spec {
+    struct heads heads;
+    struct sequences sequences;
+    struct norm_spec norm;
+    const struct mat *q_norm, *k_norm; /* [1, head_dim]; NULL = not normed */
+    const struct mat *rope;            /* [new tokens of a sequence, head_dim], as rope_table makes it */
+};
+
+/* Causal attention of the new tokens over all keys of their sequence up to their own. */
 struct attention_spec {
-    int n_heads, n_kv_heads, head_dim; /* query head h reads key/value head h / (n_heads / n_kv_heads) */
-    float scale;                       /* of the scores, before softmax */
-    int64_t window;                    /* keys a query sees, itself included; 0 = all */
-    int64_t first_position; /* of q's first row; keys 0 … first_position + q.rows − 1 are in the cache */
+    struct heads heads;
+    struct sequences sequences;
+    float scale;    /* of the scores, before softmax */
+    int64_t window; /* keys a query sees, itself included; 0 = all */
 };
 
 /* What the distributions of two models say about one token. */
@@ -76,66 +120,119 @@ struct row_comparison {
 
 struct backend;
 
-/* Activations are F32 on the CPU. Weights are BF16, F16 or F32 matrices, or qmats. */
+/* Memory that the host fills or reads and the device computes on: two pieces, between which stage_in and stage_out
+ * copy; where the device works on host memory, they are one. */
+struct staged_buf {
+    void *host, *device;
+    size_t bytes;
+};
+
+struct device_memory {
+    uint64_t free, total;
+};
+
+/* Activations ("act") have the backend's activation dtype; the residual stream and logits are F32. Weights are BF16,
+ * F16 or F32 matrices, or qmats. */
 struct core_ops {
     int (*acquire)(const struct backend *b, size_t bytes, const char *what, struct buf *out);
     void (*release)(const struct backend *b, struct buf *buf);
+    int (*acquire_staging)(const struct backend *b, size_t bytes, const char *what, struct staged_buf *out);
+    void (*release_staging)(const struct backend *b, struct staged_buf *s);
+    int (*memory)(const struct backend *b, struct device_memory *out);
+
+    /* Host memory to the device and back. upload may return before the device has the bytes, but no longer needs
+     * the host's; stage_in still needs them, until something has waited. */
     int (*upload)(const struct backend *b, void *to, const void *from, size_t bytes);
     int (*download)(const struct backend *b, void *to, const void *from, size_t bytes);
+    int (*stage_in)(const struct backend *b, const struct staged_buf *s, size_t offset, size_t bytes);
+    int (*stage_out)(const struct backend *b, const struct staged_buf *s, size_t offset, size_t bytes);
+    /* Waits for everything enqueued. */
+    int (*wait)(const struct backend *b);
 
-    /* *index = row·cols + column of the first NaN or infinity in w, or −1. w: BF16, F16 or F32. */
-    int (*find_nonfinite)(const struct mat *w, int64_t *index);
-    /* Sets NaNs and infinities to 0 in place; *count = how many. */
-    int (*zero_nonfinite)(const struct mat *w, int64_t *count);
-    /* Σ (a − b)² and Σ a², in a fixed order. Both BF16, F16 or F32, of equal shape. */
-    int (*squared_error)(const struct mat *a, const struct mat *b, double *error, double *reference);
+    /* *index (device) = row·cols + column of the first NaN or infinity in w, or −1. w: BF16, F16 or F32. */
+    int (*find_nonfinite)(const struct backend *b, const struct mat *w, int64_t *index);
+    /* Sets NaNs and infinities to 0 in place; *count (device) = how many. */
+    int (*zero_nonfinite)(const struct backend *b, const struct mat *w, int64_t *count);
+    /* sums (device): Σ (x − y)² and Σ x², in a fixed order. Both BF16, F16 or F32, of equal shape. */
+    int (*squared_error)(const struct backend *b, const struct mat *x, const struct mat *y, double sums[2]);
+    /* The same for every group of columns of every row: sums (device) [rows, groups, 2]. */
+    int (*group_squared_error)(const struct backend *b, const struct mat *x, const struct mat *y,
+                               int64_t group, double *sums);
 
-    /* out [ids, hidden] = table[id]·scale. ids are in range. */
+    /* out F32 [ids, hidden] = table[id]·scale. ids: on the host, in range. */
     int (*embed)(const struct backend *b, const struct mat *table, const int32_t *ids, float scale,
                  const struct mat *out);
-    /* out = (residual or 0) + RMSNorm(x), row by row. w: [cols], NULL = no weight. out may be x or residual. */
+    /* out = RMSNorm(x), row by row. x, out: F32 or act; w: [1, cols], NULL = no weight. out may be x. */
     int (*rms_norm)(const struct backend *b, const struct mat *x, const struct mat *w,
-                    const struct norm_spec *spec, const struct mat *residual, const struct mat *out);
-    /* out [n, rows(w)] = x [n, cols(w)] · wᵀ */
+                    const struct norm_spec *spec, const struct mat *out);
+    /* What stands between two branches: x += RMSNorm(branch)·branch_norm, then out = RMSNorm(x)·next_norm.
+     * x: F32; branch, out: act. */
+    int (*add_norm)(const struct backend *b, const struct mat *branch, const struct mat *branch_norm,
+                    const struct mat *x, const struct mat *next_norm, const struct norm_spec *spec,
+                    const struct mat *out);
+    /* out [n, rows(w)] = x [n, cols(w)] · wᵀ. x: act; out: act or F32. */
     int (*gemm)(const struct backend *b, const struct mat *x, const struct mat *w, const struct mat *out);
     int (*q_gemm)(const struct backend *b, const struct mat *x, const struct qmat *w, const struct mat *out);
-    /* table [n, 2·half]: cosines, then sines, of position·inv_freq[i] (host, [half]); row r is at first_position + r */
+    /* table F32 [n, 2·half]: cosines, then sines, of position·inv_freq[i] (host, [half]); row r is at
+     * first_position + r */
     int (*rope_table)(const struct backend *b, const float *inv_freq, int64_t first_position,
                       const struct mat *table);
-    /* Rotates in place every head of x [n, heads·head_dim]: dimension i with i + head_dim/2, by the table's row. */
-    int (*rope)(const struct backend *b, const struct mat *x, int head_dim, const struct mat *table);
-    /* out [n, heads·head_dim]; keys, values [positions, kv_heads·head_dim] */
+    /* qkv act [tokens, (n_heads + 2·n_kv_heads)·head_dim], queries, keys, values: norms the heads of the first two,
+     * turns them (dimension i with i + head_dim/2, by the table's row), puts q [tokens, n_heads·head_dim] where it
+     * says and keys and values into the cache [sequences·max_positions, n_kv_heads·head_dim]. All act. */
+    int (*split_qkv)(const struct backend *b, const struct qkv_spec *spec, const struct mat *qkv,
+                     const struct mat *q, const struct mat *keys, const struct mat *values);
+    /* out [tokens, n_heads·head_dim]; keys, values: the cache. All act. */
     int (*attention)(const struct backend *b, const struct attention_spec *spec, const struct mat *q,
                      const struct mat *keys, const struct mat *values, const struct mat *out);
-    /* out = gelu_tanh(gate) ⊙ up; out may be gate */
+    /* out = gelu_tanh(gate) ⊙ up; out may be gate. All act. */
     int (*geglu)(const struct backend *b, const struct mat *gate, const struct mat *up,
                  const struct mat *out);
-    /* x = cap·tanh(x / cap) in place */
+    /* x = cap·tanh(x / cap) in place, F32 */
     int (*softcap)(const struct backend *b, const struct mat *x, float cap);
-    /* For every row of logits a (and b, or NULL: then only nll_a and top_a): targets[row] in [0, cols). */
+    /* For every row of logits a (and b, or NULL: then only nll_a and top_a), F32: targets[row] in [0, cols).
+     * targets and out: on the host. */
     int (*compare_rows)(const struct backend *b, const struct mat *logits_a, const struct mat *logits_b,
                         const int32_t *targets, struct row_comparison *out);
 };
 
 struct quant_ops {
     /* Fills q->scales (and q->zeros when it has data) from w. */
-    int (*find_scales)(const struct mat *w, const struct scale_spec *spec, struct qmat *q);
+    int (*find_scales)(const struct backend *b, const struct mat *w, const struct scale_spec *spec,
+                       struct qmat *q);
     /* Fills q->packed: round to nearest even of w / scale, clamped. */
-    int (*quantize)(const struct mat *w, struct qmat *q);
+    int (*quantize)(const struct backend *b, const struct mat *w, struct qmat *q);
     /* out: BF16 or F32 [rows, cols], the dequantized weight (its BF16 value in either case). */
-    int (*dequantize)(const struct qmat *q, const struct mat *out);
+    int (*dequantize)(const struct backend *b, const struct qmat *q, const struct mat *out);
 };
 
 struct backend {
-    const char *name; /* "cpu" */
+    const char *name; /* "cpu" or "cuda" */
     const struct core_ops *core;
     const struct quant_ops *quant;
-    void *state; /* the device's own */
+    enum dtype activation;
+    bool host_memory; /* the device works on memory of the host */
+    int ordinal;      /* of several devices of a kind */
+    int64_t
+        batch_tokens; /* tokens of a forward pass that are worth having at a time; 1 = a sequence is enough */
+    size_t
+        block_bytes; /* of a weight that quant_ops should get at a time: what stays in cache, or fills the device */
+    size_t scratch_bytes; /* that the first product takes */
+    size_t logit_bytes;   /* of logits that are worth having at a time */
+    void *state;          /* the device's own */
 };
 
-/* Opens the device of that name: "cpu", or "auto" for the best that this build and machine have. n_threads: how
- * many the CPU's operations of the forward pass may use, the calling one included; 0 = one for each processor. */
+/* Opens the device of that name: "cpu", "cuda:0" …, or "auto" for the best that this build and machine have.
+ * n_threads: how many the CPU's operations of the forward pass may use, the calling one included; 0 = one for each
+ * processor. */
 int backend_open(struct backend *out, const char *device, int n_threads);
 void backend_close(struct backend *b);
+
+/* Another handle on b's device, with a stream of its own and one thread. */
+int backend_open_beside(struct backend *out, const struct backend *b);
+
+/* What "auto" and shorter forms stand for, e.g. "cuda:0", and the device in words, e.g. "NVIDIA H100 80GB HBM3". */
+enum { DEVICE_TEXT_BYTES = 256 };
+int backend_resolve(const char *device, char name[DEVICE_TEXT_BYTES], char title[DEVICE_TEXT_BYTES]);
 
 #endif

@@ -5,6 +5,7 @@
 #include "base/file.h"
 #include "base/mem.h"
 #include "formats/record.h"
+#include "kernels/budget.h"
 #include "quantize/staging.h"
 
 #include <math.h>
@@ -13,6 +14,7 @@
 
 struct cut {
     struct cut_options options;
+    struct backend backend;
     struct staging place;
     struct model source;
     struct recipe_plan plan;
@@ -23,6 +25,23 @@ struct cut {
 
 /* --- opening -------------------------------------------------------------------------------------------------- */
 
+/* As many workers as are asked for, or fewer where they would not fit --memory. */
+static int open_pool(struct cut *c)
+{
+    int rc = parallel_open(&c->pool, c->options.n_workers);
+    const uint64_t each = pipeline_worker_bytes(c->pipeline), limit = budget_limit();
+    if (rc < 0 || !limit || limit / each >= (uint64_t)parallel_workers(c->pool))
+        return rc;
+    parallel_close(c->pool);
+    c->pool = NULL;
+    if (limit < each)
+        return err_set(
+            ERR_MEMORY,
+            "%s: %.1f MiB are needed to quantize rows of the largest tensor, the memory budget is %.1f MiB",
+            c->backend.name, (double)each / 0x1p20, (double)limit / 0x1p20);
+    return parallel_open(&c->pool, (int)(limit / each));
+}
+
 int cut_open(struct cut **out, const struct cut_options *options)
 {
     *out = NULL;
@@ -32,18 +51,20 @@ int cut_open(struct cut **out, const struct cut_options *options)
     c->options = *options;
     int rc = staging_init(&c->place, options->out);
     if (!rc)
+        rc = backend_open(&c->backend, options->device, 1);
+    if (!rc)
         rc = model_open_unquantized(&c->source, options->model);
     if (!rc)
         rc = model_bind(&c->source, NULL, NULL);
     if (!rc)
         rc = recipe_resolve(&c->plan, &c->options.recipe, &c->source.tensors);
     if (!rc)
-        rc = parallel_open(&c->pool, options->n_workers);
-    if (!rc)
         rc = writer_open(&c->writer, c->place.partial, options->shard_bytes);
     if (!rc)
         rc = pipeline_open(&c->pipeline, &c->source.checkpoint, &c->source.tensors, &c->plan,
-                           &c->options.recipe, c->writer);
+                           &c->options.recipe, c->writer, &c->backend);
+    if (!rc)
+        rc = open_pool(c);
     if (rc < 0)
         cut_close(c);
     else
@@ -61,6 +82,7 @@ void cut_close(struct cut *c)
     recipe_plan_free(&c->plan);
     model_close(&c->source);
     staging_free(&c->place);
+    backend_close(&c->backend);
     free(c);
 }
 
@@ -102,34 +124,36 @@ const struct cut_linear *cut_linears(const struct cut *c, size_t *n)
 /* One block of made-up weights through the kernels that the plan will use. */
 static int measure_kernels(const struct cut *c, double *seconds_per_weight)
 {
-    enum { ROWS = 64, COLS = 1024 };
-    struct backend b;
-    int rc = backend_open(&b, c->options.device, 1);
-    if (rc < 0)
-        return rc;
-    float *w = mem_alloc_aligned(ROWS * COLS * sizeof *w, "a trial block");
-    uint32_t *packed = mem_alloc_aligned(ROWS * COLS * sizeof *packed / 4, "a trial block");
-    uint16_t scales[ROWS * COLS / 32];
-    const struct mat weights = {w, DTYPE_F32, ROWS, COLS, COLS};
+    enum { ROWS = 64, COLS = 1024, N = ROWS * COLS };
+    const struct backend *b = &c->backend;
     const struct quant_scheme s = c->options.recipe.scheme;
     const int64_t group = s.group ? s.group : COLS, words = quant_packed_cols(s, COLS);
-    struct qmat q = {.packed = {packed, DTYPE_I32, ROWS, words, words},
-                     .scales = {scales, DTYPE_BF16, ROWS, COLS / group, COLS / group},
+    struct staged_buf memory; /* weights, codes, scales */
+    int rc =
+        b->core->acquire_staging(b, N * sizeof(float) + N + N * sizeof(uint16_t), "a trial block", &memory);
+    if (rc < 0)
+        return rc;
+    char *device = memory.device;
+    const struct mat weights = {device, DTYPE_F32, ROWS, COLS, COLS};
+    struct qmat q = {.packed = {device + N * sizeof(float), DTYPE_I32, ROWS, words, words},
+                     .scales = {device + N * sizeof(float) + N, DTYPE_BF16, ROWS, COLS / group, COLS / group},
                      .bits = s.bits,
                      .group = group,
                      .cols = COLS};
-    rc = w && packed ? 0 : ERR_MEMORY;
-    for (int i = 0; !rc && i < ROWS * COLS; i++)
-        w[i] = sinf((float)i); /* any spread of values will do */
+    for (int i = 0; i < N; i++)
+        ((float *)memory.host)[i] = sinf((float)i); /* any spread of values will do */
+    rc = b->core->stage_in(b, &memory, 0, N * sizeof(float));
+    if (!rc)
+        rc = b->core->wait(b);
     const double start = clock_seconds();
     if (!rc)
-        rc = b.quant->find_scales(&weights, &c->options.recipe.scales, &q);
+        rc = b->quant->find_scales(b, &weights, &c->options.recipe.scales, &q);
     if (!rc)
-        rc = b.quant->quantize(&weights, &q);
-    *seconds_per_weight = (clock_seconds() - start) / (ROWS * COLS);
-    free(w);
-    free(packed);
-    backend_close(&b);
+        rc = b->quant->quantize(b, &weights, &q);
+    if (!rc)
+        rc = b->core->wait(b);
+    *seconds_per_weight = (clock_seconds() - start) / N;
+    b->core->release_staging(b, &memory);
     return rc;
 }
 
@@ -222,7 +246,7 @@ static int write_files(const struct cut *c, struct text *t)
     return rc;
 }
 
-static int write_record(const struct cut *c, const char *backend)
+static int write_record(const struct cut *c)
 {
     struct text t = {.indent = 1};
     size_t n;
@@ -230,7 +254,7 @@ static int write_record(const struct cut *c, const char *backend)
     json_begin_object(&t);
     json_kv_string(&t, "schema", RECORD_SCHEMA);
     json_kv_string(&t, "version", c->options.version);
-    json_kv_string(&t, "backend", backend);
+    json_kv_string(&t, "backend", c->backend.name);
     json_put_key(&t, "recipe");
     recipe_write(&c->options.recipe, &t);
     json_put_key(&t, "source");
@@ -285,29 +309,22 @@ static int check_written(const struct cut *c, const struct cut_events *events)
 static int build(struct cut *c, const struct cut_events *events)
 {
     const struct pipeline_events inner = {events->on_bytes, events->on_linear, events->ctx};
-    struct backend b; /* only to name it in the record */
-    int rc = backend_open(&b, c->options.device, 1);
-    if (rc < 0)
-        return rc;
     if (events->on_stage)
         events->on_stage(events->ctx, CUT_QUANTIZE, pipeline_source_bytes(c->pipeline));
-    rc = writer_begin(c->writer);
+    int rc = writer_begin(c->writer);
     if (!rc)
-        rc = pipeline_run(c->pipeline, c->pool, c->options.device, &inner);
+        rc = pipeline_run(c->pipeline, c->pool, &c->backend, &inner);
     if (!rc)
         rc = staging_copy_side_files(&c->place, c->source.folder);
     if (!rc)
         rc = write_config(c);
     if (!rc)
-        rc = write_record(c, b.name);
+        rc = write_record(c);
     if (!rc)
         rc = writer_index(c->writer);
     if (!rc && !c->options.skip_check)
         rc = check_written(c, events); /* while the disk still writes */
-    if (!rc)
-        rc = writer_finish(c->writer);
-    backend_close(&b);
-    return rc;
+    return rc ? rc : writer_finish(c->writer);
 }
 
 int cut_run(struct cut *c, const struct cut_events *events)

@@ -9,9 +9,8 @@
 #include <string.h>
 
 enum {
-    COPY_PIECES = 16,        /* a task that copies moves this many pieces (4 MiB) */
-    BLOCK_BYTES = 128 << 10, /* rows that are quantized at a time: source, codes and result stay in cache */
-};
+    TASK_PIECES = 16
+}; /* a task that copies, or that quantizes on a device, reads this many pieces (4 MiB) */
 
 /* One tensor of the source. The state below the line lives from the first of its tasks to the last. */
 struct item {
@@ -31,11 +30,17 @@ struct item {
     int8_t *zeros;
 };
 
-/* What one worker computes with. */
+/* What the kernels report of a block of rows. */
+struct block_stats {
+    double squares[2];       /* Σ (w − ŵ)², Σ w² */
+    int64_t first_nonfinite; /* or the number of those that were set to zero (allow_nonfinite) */
+};
+
+/* What one worker computes with: pieces of memory as large as the largest task needs. */
 struct worker {
-    struct backend backend;
-    bool open;
-    void *source, *packed, *restored;
+    struct backend backend, host; /* host: for rows that are passed on */
+    struct staged_buf source, packed, scales, zeros, stats;
+    struct buf restored; /* dequantized rows of a block */
 };
 
 struct pipeline {
@@ -49,7 +54,9 @@ struct pipeline {
     size_t n_written;
     struct cut_linear *linears;
     size_t n_linears;
-    size_t source_run, packed_run, block_run; /* bytes a worker needs */
+    size_t source_run, packed_run, block_run, scale_run; /* bytes a worker needs; scale_run: as many scales */
+    size_t block_bytes;                                  /* of a weight that the kernels get at a time */
+    bool on_host;                                        /* the kernels work on host memory */
     /* while running */
     struct worker *workers;
     const struct pipeline_events *events;
@@ -100,6 +107,13 @@ static void grow_to(size_t *size, uint64_t need)
         *size = (size_t)need;
 }
 
+/* Rows of a task that the kernels get at a time. */
+static int64_t block_rows(const struct pipeline *p, uint64_t row_bytes, int64_t task_rows)
+{
+    const int64_t fitting = (int64_t)(p->block_bytes / row_bytes), rows = fitting ? fitting : 1;
+    return rows < task_rows ? rows : task_rows;
+}
+
 static int plan_item(struct pipeline *p, struct item *it)
 {
     const struct tensor *t = it->source;
@@ -113,12 +127,14 @@ static int plan_item(struct pipeline *p, struct item *it)
         const int64_t words = quant_packed_cols(it->linear->scheme, cols);
         const int64_t packed_piece = tensor_piece_rows(words, DTYPE_I32);
         /* both are powers of two, so whole pieces of either fit */
-        it->task_rows = packed_piece > source_piece ? packed_piece : source_piece;
+        const int64_t least = packed_piece > source_piece ? packed_piece : source_piece;
+        it->task_rows = p->on_host || least > source_piece * TASK_PIECES ? least : source_piece * TASK_PIECES;
         grow_to(&p->packed_run, (uint64_t)it->task_rows * (uint64_t)words * 4);
-        grow_to(&p->block_run, row_bytes > BLOCK_BYTES ? row_bytes : BLOCK_BYTES);
+        grow_to(&p->scale_run, (uint64_t)(it->task_rows * quant_groups(it->linear->scheme, cols)));
+        grow_to(&p->block_run, (uint64_t)(block_rows(p, row_bytes, it->task_rows) * cols) * 2);
         rc = announce_linear(p, it);
     } else {
-        it->task_rows = source_piece * COPY_PIECES;
+        it->task_rows = source_piece * TASK_PIECES;
         rc = announce(p, t->name, "", t->dtype, t->n_dims, t->shape, &it->id);
     }
     const int64_t run = it->task_rows < rows ? it->task_rows : rows;
@@ -147,7 +163,8 @@ static int match_plan(struct pipeline *p, const struct gemma_tensors *tensors, c
 }
 
 int pipeline_open(struct pipeline **out, const struct checkpoint *source, const struct gemma_tensors *tensors,
-                  const struct recipe_plan *plan, const struct recipe *recipe, struct writer *writer)
+                  const struct recipe_plan *plan, const struct recipe *recipe, struct writer *writer,
+                  const struct backend *b)
 {
     *out = NULL;
     struct pipeline *p = mem_alloc(1, sizeof *p, "the pipeline");
@@ -157,6 +174,8 @@ int pipeline_open(struct pipeline **out, const struct checkpoint *source, const 
                            .writer = writer,
                            .scales = recipe->scales,
                            .allow_nonfinite = recipe->allow_nonfinite,
+                           .block_bytes = b->block_bytes,
+                           .on_host = b->host_memory,
                            .n_items = source->n_tensors};
     pthread_mutex_init(&p->lock, NULL);
     p->items = mem_alloc(source->n_tensors, sizeof *p->items, "the pipeline");
@@ -215,6 +234,12 @@ uint64_t pipeline_source_bytes(const struct pipeline *p)
     return bytes;
 }
 
+uint64_t pipeline_worker_bytes(const struct pipeline *p)
+{
+    const uint64_t staged = p->source_run + p->packed_run + 3 * p->scale_run + 2 * sizeof(struct block_stats);
+    return (p->on_host ? 1 : 2) * staged + p->block_run;
+}
+
 uint64_t pipeline_memory_bytes(const struct pipeline *p, int n_workers)
 {
     uint64_t state = 0; /* the scales of the largest tensors under way: one a worker and its predecessor */
@@ -226,7 +251,7 @@ uint64_t pipeline_memory_bytes(const struct pipeline *p, int n_workers)
             (uint64_t)(it->source->shape[0] * quant_groups(it->linear->scheme, it->source->shape[1])) * 3;
         state = bytes > state ? bytes : state;
     }
-    return (uint64_t)n_workers * (p->source_run + p->packed_run + p->block_run + state) + state;
+    return (uint64_t)n_workers * (pipeline_worker_bytes(p) + state) + state;
 }
 
 /* --- running -------------------------------------------------------------------------------------------------- */
@@ -239,26 +264,6 @@ static int nonfinite_error(const struct pipeline *p, const struct item *it, int6
                    "(--allow-nonfinite takes such weights as 0)",
                    checkpoint_path(p->checkpoint, it->source), it->source->name, (long long)(index / cols),
                    (long long)(index % cols));
-}
-
-/* Refuses what is not finite, or (quantized weights, when allowed) sets it to zero. w: rows from first_row on. */
-static int settle_nonfinite(struct pipeline *p, struct item *it, const struct backend *b, const struct mat *w,
-                            int64_t first_row)
-{
-    int64_t index, count;
-    int rc = b->core->find_nonfinite(w, &index);
-    if (rc < 0 || index < 0)
-        return rc;
-    if (!p->allow_nonfinite)
-        return nonfinite_error(p, it, first_row * w->cols + index);
-    if (!it->linear)
-        return 0;
-    if ((rc = b->core->zero_nonfinite(w, &count)) < 0)
-        return rc;
-    pthread_mutex_lock(&p->lock);
-    it->n_nonfinite += count;
-    pthread_mutex_unlock(&p->lock);
-    return 0;
 }
 
 static bool is_float(enum dtype t)
@@ -276,15 +281,19 @@ static int copy_rows(struct pipeline *p, struct item *it, struct worker *w, int6
         const int64_t rows = end - row < piece_rows ? end - row : piece_rows;
         const uint64_t at = (uint64_t)row * row_bytes;
         const size_t bytes = (size_t)((uint64_t)rows * row_bytes);
-        const struct mat m = {w->source, t->dtype, rows, cols, cols};
-        int rc = checkpoint_read(p->checkpoint, t, at, bytes, w->source);
-        if (!rc && it->must_be_finite && is_float(t->dtype))
-            rc = settle_nonfinite(p, it, &w->backend, &m, row);
+        void *source = w->source.host;
+        const struct mat m = {source, t->dtype, rows, cols, cols};
+        int64_t nonfinite = -1;
+        int rc = checkpoint_read(p->checkpoint, t, at, bytes, source);
+        if (!rc && it->must_be_finite && !p->allow_nonfinite && is_float(t->dtype))
+            rc = w->host.core->find_nonfinite(&w->host, &m, &nonfinite);
+        if (!rc && nonfinite >= 0)
+            rc = nonfinite_error(p, it, row * cols + nonfinite);
         if (!rc)
-            rc = writer_put(p->writer, it->id, at, w->source, bytes);
+            rc = writer_put(p->writer, it->id, at, source, bytes);
         if (rc < 0)
             return rc;
-        it->source_pieces[row / piece_rows] = hash_bytes(w->source, bytes);
+        it->source_pieces[row / piece_rows] = hash_bytes(source, bytes);
     }
     return 0;
 }
@@ -302,26 +311,90 @@ static void hash_rows(const void *buf, int64_t cols, enum dtype dtype, int64_t r
     }
 }
 
-/* A block of rows that stays in cache: scales, codes, and what the codes give back. */
-static int quantize_block(struct pipeline *p, struct item *it, struct worker *w, const struct mat *block,
-                          struct qmat *q, int64_t first_row, double squares[2])
+/* The worker's memory of a task, as matrices on the device. */
+struct task {
+    struct item *item;
+    struct mat source;
+    struct qmat q;
+};
+
+static struct task describe_task(struct item *it, const struct worker *w, int64_t rows)
+{
+    const struct quant_scheme s = it->linear->scheme;
+    const int64_t cols = it->source->shape[1], words = quant_packed_cols(s, cols),
+                  groups = quant_groups(s, cols);
+    return (struct task){
+        .item = it,
+        .source = {w->source.device, it->source->dtype, rows, cols, cols},
+        .q = {.packed = {w->packed.device, DTYPE_I32, rows, words, words},
+              .scales = {w->scales.device, DTYPE_BF16, rows, groups, groups},
+              .zeros = {s.symmetric ? NULL : w->zeros.device, DTYPE_I8, rows, groups, groups},
+              .bits = s.bits,
+              .group = s.group ? s.group : cols,
+              .cols = cols}};
+}
+
+/* Rows [row, row + n) of the task: scales, codes, and what the codes give back. Enqueues only. */
+static int quantize_block(const struct pipeline *p, const struct worker *w, const struct task *t, int64_t row,
+                          int64_t n)
 {
     const struct backend *b = &w->backend;
-    const struct mat restored = {w->restored, DTYPE_BF16, block->rows, block->cols, block->cols};
-    double error, reference;
-    int rc = settle_nonfinite(p, it, b, block, first_row);
+    const struct mat block = mat_rows(&t->source, row, n);
+    const struct mat restored = {w->restored.ptr, DTYPE_BF16, n, block.cols, block.cols};
+    struct block_stats *stats = w->stats.device;
+    struct qmat q = t->q;
+    q.packed = mat_rows(&t->q.packed, row, n);
+    q.scales = mat_rows(&t->q.scales, row, n);
+    if (q.zeros.data)
+        q.zeros = mat_rows(&t->q.zeros, row, n);
+    int rc = p->allow_nonfinite ? b->core->zero_nonfinite(b, &block, &stats->first_nonfinite)
+                                : b->core->find_nonfinite(b, &block, &stats->first_nonfinite);
     if (!rc)
-        rc = b->quant->find_scales(block, &p->scales, q);
+        rc = b->quant->find_scales(b, &block, &p->scales, &q);
     if (!rc)
-        rc = b->quant->quantize(block, q);
+        rc = b->quant->quantize(b, &block, &q);
     if (!rc)
-        rc = b->quant->dequantize(q, &restored);
+        rc = b->quant->dequantize(b, &q, &restored);
     if (!rc)
-        rc = b->core->squared_error(block, &restored, &error, &reference);
+        rc = b->core->squared_error(b, &block, &restored, stats->squares);
+    if (!rc)
+        rc = b->core->stage_out(b, &w->stats, 0, sizeof *stats);
+    return rc < 0 ? err_context(rc, "tensor '%s'", t->item->source->name) : 0;
+}
+
+/* What the kernels found in rows that begin at first_row of the tensor. */
+static int settle_block(struct pipeline *p, struct item *it, const struct block_stats *stats,
+                        int64_t first_row, double squares[2])
+{
+    squares[0] += stats->squares[0];
+    squares[1] += stats->squares[1];
+    if (!p->allow_nonfinite)
+        return stats->first_nonfinite < 0
+                   ? 0
+                   : nonfinite_error(p, it, first_row * it->source->shape[1] + stats->first_nonfinite);
+    pthread_mutex_lock(&p->lock);
+    it->n_nonfinite += stats->first_nonfinite;
+    pthread_mutex_unlock(&p->lock);
+    return 0;
+}
+
+/* Codes, scales and zero points back to the host, and the scales to their place in the whole tensor. */
+static int collect_scales(const struct worker *w, const struct task *t, int64_t row)
+{
+    struct item *it = t->item;
+    const struct core_ops *core = w->backend.core;
+    const size_t n = (size_t)(t->q.scales.rows * t->q.scales.cols), at = (size_t)(row * t->q.scales.cols);
+    int rc = core->stage_out(&w->backend, &w->packed, 0,
+                             (size_t)(t->q.packed.rows * t->q.packed.cols) * sizeof(uint32_t));
+    if (!rc)
+        rc = core->stage_out(&w->backend, &w->scales, 0, n * sizeof *it->scales);
+    if (!rc && it->zeros)
+        rc = core->stage_out(&w->backend, &w->zeros, 0, n);
     if (rc < 0)
-        return err_context(rc, "tensor '%s'", it->source->name);
-    squares[0] += error;
-    squares[1] += reference;
+        return rc;
+    memcpy(it->scales + at, w->scales.host, n * sizeof *it->scales);
+    if (it->zeros)
+        memcpy(it->zeros + at, w->zeros.host, n);
     return 0;
 }
 
@@ -329,31 +402,29 @@ static int quantize_rows(struct pipeline *p, struct item *it, struct worker *w, 
                          double squares[2])
 {
     const struct tensor *t = it->source;
-    const struct quant_scheme s = it->linear->scheme;
-    const int64_t cols = t->shape[1], words = quant_packed_cols(s, cols), groups = quant_groups(s, cols);
-    const size_t row_bytes = (size_t)cols * dtype_bytes(t->dtype);
-    const int64_t fitting = (int64_t)(BLOCK_BYTES / row_bytes), block_rows = fitting ? fitting : 1;
-    int rc = checkpoint_read(p->checkpoint, t, (uint64_t)row * row_bytes, (size_t)(end - row) * row_bytes,
-                             w->source);
+    const struct task task = describe_task(it, w, end - row);
+    const int64_t words = task.q.packed.cols;
+    const uint64_t row_bytes = (uint64_t)t->shape[1] * dtype_bytes(t->dtype);
+    const size_t bytes = (size_t)((uint64_t)(end - row) * row_bytes);
+    const int64_t block = block_rows(p, row_bytes, end - row);
+    int rc = checkpoint_read(p->checkpoint, t, (uint64_t)row * row_bytes, bytes, w->source.host);
+    if (!rc)
+        rc = w->backend.core->stage_in(&w->backend, &w->source, 0, bytes);
     if (rc < 0)
         return rc;
-    hash_rows(w->source, cols, t->dtype, row, end, it->source_pieces);
+    hash_rows(w->source.host, t->shape[1], t->dtype, row, end, it->source_pieces);
     squares[0] = squares[1] = 0;
-    for (int64_t r = row; r < end; r += block_rows) {
-        const int64_t rows = end - r < block_rows ? end - r : block_rows;
-        const struct mat block = {(char *)w->source + (size_t)(r - row) * row_bytes, t->dtype, rows, cols,
-                                  cols};
-        struct qmat q = {.packed = {(uint32_t *)w->packed + (r - row) * words, DTYPE_I32, rows, words, words},
-                         .scales = {it->scales + r * groups, DTYPE_BF16, rows, groups, groups},
-                         .zeros = {it->zeros ? it->zeros + r * groups : NULL, DTYPE_I8, rows, groups, groups},
-                         .bits = s.bits,
-                         .group = s.group ? s.group : cols,
-                         .cols = cols};
-        if ((rc = quantize_block(p, it, w, &block, &q, r, squares)) < 0)
-            return rc;
+    for (int64_t r = row; !rc && r < end; r += block) {
+        rc = quantize_block(p, w, &task, r - row, end - r < block ? end - r : block);
+        if (!rc)
+            rc = settle_block(p, it, w->stats.host, r, squares);
     }
-    hash_rows(w->packed, words, DTYPE_I32, row, end, it->packed_pieces);
-    return writer_put(p->writer, it->id, (uint64_t)(row * words) * 4, w->packed,
+    if (!rc)
+        rc = collect_scales(w, &task, row);
+    if (rc < 0)
+        return rc;
+    hash_rows(w->packed.host, words, DTYPE_I32, row, end, it->packed_pieces);
+    return writer_put(p->writer, it->id, (uint64_t)(row * words) * 4, w->packed.host,
                       (size_t)((end - row) * words) * 4);
 }
 
@@ -507,19 +578,41 @@ static int run_task(void *arg, size_t task, int worker)
     return rc;
 }
 
-static int open_worker(const struct pipeline *p, struct worker *w, const char *device)
+static int open_worker(const struct pipeline *p, struct worker *w, const struct backend *b)
 {
-    const int rc = backend_open(&w->backend, device, 1);
-    if (rc < 0)
-        return rc;
-    w->open = true;
-    w->source = mem_alloc_aligned(p->source_run, "rows of a tensor");
-    w->packed = mem_alloc_aligned(p->packed_run, "codes");
-    w->restored = mem_alloc_aligned(p->block_run, "dequantized rows");
-    return w->source && w->packed && w->restored ? 0 : ERR_MEMORY;
+    int rc = backend_open_beside(&w->backend, b);
+    if (!rc)
+        rc = backend_open(&w->host, "cpu", 1);
+    const struct {
+        struct staged_buf *place;
+        size_t bytes;
+        const char *what;
+    } needs[] = {{&w->source, p->source_run, "rows of a tensor"},
+                 {&w->packed, p->packed_run, "codes"},
+                 {&w->scales, 2 * p->scale_run, "scales"},
+                 {&w->zeros, p->scale_run, "zero points"},
+                 {&w->stats, sizeof(struct block_stats), "weight errors"}};
+    for (size_t i = 0; !rc && i < sizeof needs / sizeof *needs; i++)
+        if (needs[i].bytes)
+            rc = b->core->acquire_staging(&w->backend, needs[i].bytes, needs[i].what, needs[i].place);
+    return rc || !p->block_run
+               ? rc
+               : b->core->acquire(&w->backend, p->block_run, "dequantized rows", &w->restored);
 }
 
-int pipeline_run(struct pipeline *p, struct parallel *pool, const char *device,
+static void close_worker(struct worker *w)
+{
+    struct staged_buf *const pieces[] = {&w->source, &w->packed, &w->scales, &w->zeros, &w->stats};
+    for (size_t i = 0; i < sizeof pieces / sizeof *pieces; i++)
+        if (pieces[i]->host)
+            w->backend.core->release_staging(&w->backend, pieces[i]);
+    if (w->restored.ptr)
+        w->backend.core->release(&w->backend, &w->restored);
+    backend_close(&w->backend);
+    backend_close(&w->host);
+}
+
+int pipeline_run(struct pipeline *p, struct parallel *pool, const struct backend *b,
                  const struct pipeline_events *events)
 {
     const size_t n_workers = (size_t)parallel_workers(pool);
@@ -527,20 +620,15 @@ int pipeline_run(struct pipeline *p, struct parallel *pool, const char *device,
     p->workers = mem_alloc(n_workers, sizeof *p->workers, "workers");
     int rc = p->workers ? 0 : ERR_MEMORY;
     for (size_t i = 0; !rc && i < n_workers; i++)
-        rc = open_worker(p, &p->workers[i], device);
+        rc = open_worker(p, &p->workers[i], b);
     if (!rc)
         rc = parallel_for(pool, p->n_tasks, run_task, p);
     /* tensors without a single element have no task, but a hash all the same */
     for (size_t i = 0; !rc && i < p->n_items; i++)
         if (!p->items[i].n_tasks)
             rc = finish_item(p, &p->items[i]);
-    for (size_t i = 0; p->workers && i < n_workers; i++) {
-        if (p->workers[i].open)
-            backend_close(&p->workers[i].backend);
-        free(p->workers[i].source);
-        free(p->workers[i].packed);
-        free(p->workers[i].restored);
-    }
+    for (size_t i = 0; p->workers && i < n_workers; i++)
+        close_worker(&p->workers[i]);
     free(p->workers);
     p->workers = NULL;
     return rc;

@@ -34,17 +34,19 @@ struct pipeline_events {
     void *ctx;
 };
 
-/* Matches the source's tensors with the plan and announces the output to the writer. */
+/* Matches the source's tensors with the plan and announces the output to the writer. b: the device that will run it. */
 int pipeline_open(struct pipeline **out, const struct checkpoint *source, const struct gemma_tensors *tensors,
-                  const struct recipe_plan *plan, const struct recipe *recipe, struct writer *writer);
+                  const struct recipe_plan *plan, const struct recipe *recipe, struct writer *writer,
+                  const struct backend *b);
 void pipeline_close(struct pipeline *p);
 
 /* Bytes to read, and the most that the run will hold in memory with that many workers. */
 uint64_t pipeline_source_bytes(const struct pipeline *p);
+uint64_t pipeline_worker_bytes(const struct pipeline *p); /* of them, taken from the backend by one worker */
 uint64_t pipeline_memory_bytes(const struct pipeline *p, int n_workers);
 
-/* Runs everything; the writer has begun. device: as backend_open takes it. */
-int pipeline_run(struct pipeline *p, struct parallel *pool, const char *device,
+/* Runs everything; the writer has begun. Each worker opens a handle of its own beside b. */
+int pipeline_run(struct pipeline *p, struct parallel *pool, const struct backend *b,
                  const struct pipeline_events *events);
 
 /* Results, after pipeline_run, in the order of the source. */

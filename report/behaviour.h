@@ -27,10 +27,14 @@ struct behaviour {
 /* Told after each window, from the calling thread. */
 typedef void (*behaviour_progress)(void *ctx, size_t window);
 
+/* batch: windows that run together, as run_plan says. */
 int likelihood_measure(struct likelihood *out, const struct weights *w, const struct windows *text,
-                       behaviour_progress on_window, void *ctx);
+                       int64_t batch, behaviour_progress on_window, void *ctx);
 int behaviour_measure(struct behaviour *out, const struct weights *original, const struct weights *cut,
-                      const struct windows *text, behaviour_progress on_window, void *ctx);
+                      const struct windows *text, int64_t batch, behaviour_progress on_window, void *ctx);
 void behaviour_free(struct behaviour *b);
+
+/* Tokens whose logits stand side by side. */
+int64_t behaviour_logit_rows(const struct backend *b, int64_t vocab);
 
 #endif

@@ -3,13 +3,14 @@
 #include "base/err.h"
 #include "base/file.h"
 #include "calib/builtin.h"
+#include "kernels/budget.h"
 
 #include <stdlib.h>
 #include <string.h>
 
 static const size_t max_text_bytes = 1u << 30;
 
-int runnable_open(struct runnable *r, const struct model *m, const struct backend *b)
+int runnable_open(struct runnable *r, const struct model *m)
 {
     *r = (struct runnable){.model = m};
     char *path = file_join(m->folder, "tokenizer.json");
@@ -17,11 +18,12 @@ int runnable_open(struct runnable *r, const struct model *m, const struct backen
     if (rc < 0 && path && !file_exists(path))
         rc = err_set(ERR_IO, "%s: No such file; without a tokenizer the model cannot be run", path);
     free(path);
-    if (!rc)
-        rc = weights_load(&r->weights, m, b);
-    if (rc < 0)
-        runnable_close(r);
     return rc;
+}
+
+int runnable_load(struct runnable *r, const struct backend *b)
+{
+    return weights_load(&r->weights, r->model, b);
 }
 
 void runnable_close(struct runnable *r)
@@ -41,7 +43,16 @@ int session_open(struct session *s, const char *name, const char *device, int n_
         rc = model_open(&s->model, name);
     if (!rc)
         rc = model_bind(&s->model, NULL, NULL);
-    return rc ? rc : runnable_open(&s->runnable, &s->model, &s->backend);
+    return rc ? rc : runnable_open(&s->runnable, &s->model);
+}
+
+int session_load(struct session *s, int64_t positions, int64_t rows, int64_t *n_sequences)
+{
+    const struct model *const models[] = {&s->model};
+    struct run_need need = {models, 1, *n_sequences, positions, rows};
+    int rc = run_plan(&s->backend, &need);
+    *n_sequences = need.n_sequences;
+    return rc ? rc : runnable_load(&s->runnable, &s->backend);
 }
 
 void session_close(struct session *s)
@@ -49,6 +60,46 @@ void session_close(struct session *s)
     runnable_close(&s->runnable);
     model_close(&s->model);
     backend_close(&s->backend);
+}
+
+int run_plan(const struct backend *b, struct run_need *need)
+{
+    struct device_memory memory;
+    const int rc = b->core->memory(b, &memory);
+    if (rc < 0)
+        return rc;
+    const uint64_t limit = budget_limit(), left = limit > budget_taken() ? limit - budget_taken() : 0;
+    const uint64_t available = limit && left < memory.free ? left : memory.free;
+    uint64_t weights = 0, activations = 0, logits = 0;
+    for (;;) {
+        const struct forward_size size = {need->n_sequences, need->positions, need->rows};
+        weights = activations = logits = 0;
+        for (int i = 0; i < need->n_models; i++) {
+            const struct gemma_config *c = &need->models[i]->gemma;
+            weights += weights_bytes(need->models[i]);
+            activations += forward_bytes(c, b, &size);
+            logits += (uint64_t)(behaviour_logit_rows(b, c->vocab_size) * c->vocab_size) * sizeof(float);
+        }
+        if (weights + activations + logits + b->scratch_bytes <= available)
+            return 0;
+        if (need->n_sequences == 1)
+            break;
+        need->n_sequences /= 2;
+    }
+    return err_set(
+        ERR_MEMORY,
+        "%s: %.2f GiB are needed (weights %.2f, activations and KV cache for %lld tokens %.2f, logits "
+        "%.2f, scratch %.2f), %.2f GiB are %s",
+        b->name, (double)(weights + activations + logits + b->scratch_bytes) / 0x1p30,
+        (double)weights / 0x1p30, (long long)need->positions, (double)activations / 0x1p30,
+        (double)logits / 0x1p30, (double)b->scratch_bytes / 0x1p30, (double)available / 0x1p30,
+        limit && left < memory.free ? "left of the memory budget" : "free");
+}
+
+int64_t run_batch(const struct backend *b, int64_t length, int64_t n)
+{
+    const int64_t batch = b->batch_tokens / length;
+    return batch < 1 ? 1 : batch < n ? batch : n;
 }
 
 int run_windows_of(struct windows *out, const struct runnable *r, const char *path, int64_t length, int64_t n)
@@ -83,11 +134,11 @@ int run_check_prompt(const struct runnable *r, const struct token_list *ids)
         if (ids->ids[i] == image || ids->ids[i] == soft)
             return err_set(ERR_UNSUPPORTED, "the prompt holds the token %s: images are not supported",
                            tokenizer_token_name(r->tokenizer, ids->ids[i]));
-        if (ids->ids[i] >= r->weights.embedding.rows)
+        if (ids->ids[i] >= r->model->gemma.vocab_size)
             return err_set(ERR_FORMAT,
                            "%s: the prompt has token %d, the model's vocabulary ends at %lld: the tokenizer "
                            "is not this model's",
-                           r->model->folder, ids->ids[i], (long long)r->weights.embedding.rows);
+                           r->model->folder, ids->ids[i], (long long)r->model->gemma.vocab_size);
     }
     return 0;
 }
@@ -121,8 +172,9 @@ int run_continuation(char **out, const struct runnable *r, const char *prompt, i
         rc = generate_stop_ids(&stop, r->model);
     const int64_t context = r->model->gemma.max_positions, wanted = (int64_t)ids.n + n;
     const int64_t positions = wanted < context ? wanted : context;
+    const struct forward_size size = {1, positions, generate_rows(positions)};
     if (!rc)
-        rc = forward_open(&f, &r->weights, positions, positions < 512 ? positions : 512);
+        rc = forward_open(&f, &r->weights, &size);
     if (!rc)
         rc = generate_run(f, &r->weights, ids.ids, (int64_t)ids.n, n, &greedy, &stop, on_token, &c, &result);
     if (!rc)

@@ -5,18 +5,33 @@
 
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
+
+/* Rows that are looked at together: about 1 MiB of floats where that stays in cache, more on other devices. */
+enum { HOST_BLOCK = 256 << 10, DEVICE_BLOCK = 4 << 20 };
+
+/* What a worker computes with: each piece of memory is as large as the largest linear needs. */
+struct worker {
+    struct backend backend;
+    struct staged_buf packed, scales, zeros, source, sums;
+    struct buf restored; /* [rows, cols] */
+};
 
 struct job {
     const struct model *cut, *source;
-    const char *device;
+    struct worker *workers;
     struct weight_report *out;
 };
 
-/* Rows that are looked at together: about 1 MiB of floats. */
-static int64_t block_rows(int64_t cols)
+static int64_t block_rows(const struct backend *b, const struct model_linear *l)
 {
-    const int64_t rows = (256 << 10) / cols;
-    return rows ? rows : 1;
+    const int64_t cols = l->spec->shape[1], rows = (b->host_memory ? HOST_BLOCK : DEVICE_BLOCK) / cols;
+    return rows < 1 ? 1 : rows < l->spec->shape[0] ? rows : l->spec->shape[0];
+}
+
+static bool is_bound(const struct model_linear *l)
+{
+    return l->quantized && l->packed && l->scales && (l->scheme.symmetric || l->zeros);
 }
 
 /* Finite, non-zero and not subnormal: what every reader can multiply by. */
@@ -36,99 +51,152 @@ static void check_scales(const struct model_linear *l, const uint16_t *scales, s
         }
 }
 
-struct buffers {
-    uint32_t *packed;
-    float *restored; /* [rows, cols] */
-    char *source;    /* [rows, cols] of the source's type */
-};
-
-/* Adds one block of rows to the sums, group by group so that a single damaged scale stands out. */
-static int compare_block(const struct job *job, const struct backend *b, const struct model_linear *l,
-                         const struct tensor *weight, struct qmat *q, int64_t row, const struct buffers *buf,
-                         double sums[2], double *worst)
+/* Adds one block of rows to the sums, group by group so that a single damaged scale stands out. q: on the device. */
+static int compare_block(const struct job *job, struct worker *w, const struct model_linear *l,
+                         const struct tensor *weight, const struct qmat *q, int64_t row, double sums[2],
+                         double *worst)
 {
+    const struct backend *b = &w->backend;
     const int64_t cols = q->cols, rows = q->packed.rows;
-    const size_t row_bytes = (size_t)cols * dtype_bytes(weight->dtype);
-    const struct mat restored = {buf->restored, DTYPE_F32, rows, cols, cols};
-    int rc = model_read_packed(job->cut, l, row, rows, buf->packed);
+    const size_t row_bytes = (size_t)cols * dtype_bytes(weight->dtype), n = (size_t)(rows * q->scales.cols);
+    const struct mat restored = {w->restored.ptr, DTYPE_BF16, rows, cols, cols};
+    const struct mat source = {w->source.device, weight->dtype, rows, cols, cols};
+    int rc = model_read_packed(job->cut, l, row, rows, w->packed.host);
     if (!rc)
         rc = checkpoint_read(&job->source->checkpoint, weight, (uint64_t)row * row_bytes,
-                             (size_t)rows * row_bytes, buf->source);
+                             (size_t)rows * row_bytes, w->source.host);
     if (!rc)
-        rc = b->quant->dequantize(q, &restored);
-    for (int64_t r = 0; !rc && r < rows; r++)
-        for (int64_t c = 0; !rc && c < cols; c += q->group) {
-            const int64_t n = cols - c < q->group ? cols - c : q->group;
-            const size_t at = (size_t)(r * cols + c);
-            const struct mat w = {buf->source + at * dtype_bytes(weight->dtype), weight->dtype, 1, n, n};
-            const struct mat v = {buf->restored + at, DTYPE_F32, 1, n, n};
-            double error, reference;
-            rc = b->core->squared_error(&w, &v, &error, &reference);
-            sums[0] += error;
-            sums[1] += reference;
-            if (reference > 0 && !(error / reference <= *worst))
-                *worst = error / reference;
-        }
+        rc = b->core->stage_in(b, &w->packed, 0, (size_t)(rows * q->packed.cols) * sizeof(uint32_t));
+    if (!rc)
+        rc = b->core->stage_in(b, &w->source, 0, (size_t)rows * row_bytes);
+    if (!rc)
+        rc = b->quant->dequantize(b, q, &restored);
+    if (!rc)
+        rc = b->core->group_squared_error(b, &source, &restored, q->group, w->sums.device);
+    if (!rc)
+        rc = b->core->stage_out(b, &w->sums, 0, n * 2 * sizeof(double));
+    const double *pairs = w->sums.host;
+    for (size_t i = 0; !rc && i < n; i++) {
+        const double error = pairs[2 * i], reference = pairs[2 * i + 1];
+        sums[0] += error;
+        sums[1] += reference;
+        if (reference > 0 && !(error / reference <= *worst))
+            *worst = error / reference;
+    }
     return rc;
 }
 
-static int compare_linear(const struct job *job, const struct backend *b, const struct model_linear *l,
-                          const struct tensor *weight, uint16_t *scales, int8_t *zeros,
+static int compare_linear(const struct job *job, struct worker *w, const struct model_linear *l,
+                          const struct tensor *weight, const uint16_t *scales, const int8_t *zeros,
                           struct weight_report *out)
 {
-    const int64_t rows = l->spec->shape[0], cols = l->spec->shape[1], block = block_rows(cols);
-    const size_t n = (size_t)(block * cols);
-    struct buffers buf = {mem_alloc_aligned((size_t)(block * l->packed->shape[1]) * 4, "codes"),
-                          mem_alloc_aligned(n * sizeof(float), "dequantized rows"),
-                          mem_alloc_aligned(n * dtype_bytes(weight->dtype), "rows of a tensor")};
-    int rc = buf.packed && buf.restored && buf.source ? 0 : ERR_MEMORY;
+    const struct backend *b = &w->backend;
+    const int64_t rows = l->spec->shape[0], block = block_rows(b, l), groups = l->scales->shape[1];
     double sums[2] = {0, 0}, worst = 0;
+    int rc = 0;
     for (int64_t row = 0; !rc && row < rows; row += block) {
-        struct qmat q =
-            model_qmat(l, row, rows - row < block ? rows - row : block, buf.packed, scales, zeros);
-        rc = compare_block(job, b, l, weight, &q, row, &buf, sums, &worst);
+        const int64_t n = rows - row < block ? rows - row : block;
+        const size_t count = (size_t)(n * groups);
+        memcpy(w->scales.host, scales + row * groups, count * sizeof *scales);
+        rc = b->core->stage_in(b, &w->scales, 0, count * sizeof *scales);
+        if (!rc && zeros) {
+            memcpy(w->zeros.host, zeros + row * groups, count);
+            rc = b->core->stage_in(b, &w->zeros, 0, count);
+        }
+        const struct qmat q =
+            model_qmat(l, 0, n, w->packed.device, w->scales.device, zeros ? w->zeros.device : NULL);
+        if (!rc)
+            rc = compare_block(job, w, l, weight, &q, row, sums, &worst);
     }
     out->error = sums[1] > 0 ? sqrt(sums[0] / sums[1]) : 0;
     out->worst_group = sqrt(worst);
-    free(buf.packed);
-    free(buf.restored);
-    free(buf.source);
     return rc;
 }
 
 static int compare_task(void *ctx, size_t index, int worker)
 {
-    (void)worker;
     const struct job *job = ctx;
     const struct model_linear *l = &job->cut->linears[index];
     struct weight_report *out = &job->out[index];
     *out = (struct weight_report){.first_bad = -1};
-    if (!l->quantized || !l->packed || !l->scales || (!l->scheme.symmetric && !l->zeros))
+    if (!is_bound(l))
         return 0;
     out->linear = l;
-    struct backend b;
-    int rc = backend_open(&b, job->device, 1);
-    if (rc < 0)
-        return rc;
     uint16_t *scales;
     int8_t *zeros;
-    rc = model_read_scales(job->cut, l, &scales, &zeros);
-    if (!rc) {
-        check_scales(l, scales, out);
-        const struct tensor *weight = job->source ? job->source->linears[index].weight : NULL;
-        if (weight)
-            rc = compare_linear(job, &b, l, weight, scales, zeros, out);
-        free(scales);
-        free(zeros);
-    }
-    backend_close(&b);
+    int rc = model_read_scales(job->cut, l, &scales, &zeros);
+    if (rc < 0)
+        return rc;
+    check_scales(l, scales, out);
+    const struct tensor *weight = job->source ? job->source->linears[index].weight : NULL;
+    if (weight)
+        rc = compare_linear(job, &job->workers[worker], l, weight, scales, zeros, out);
+    free(scales);
+    free(zeros);
     return rc;
+}
+
+static void keep_greatest(size_t *bytes, int64_t need)
+{
+    if ((size_t)need > *bytes)
+        *bytes = (size_t)need;
+}
+
+static int open_worker(const struct job *job, struct worker *w, const char *device)
+{
+    int rc = backend_open(&w->backend, device, 1);
+    size_t packed = 0, groups = 0, source = 0, restored = 0;
+    for (size_t i = 0; !rc && i < job->cut->n_linears; i++) {
+        const struct model_linear *l = &job->cut->linears[i];
+        const struct tensor *weight = job->source ? job->source->linears[i].weight : NULL;
+        if (!is_bound(l) || !weight)
+            continue;
+        const int64_t rows = block_rows(&w->backend, l), n = rows * l->spec->shape[1];
+        keep_greatest(&packed, rows * l->packed->shape[1] * 4);
+        keep_greatest(&groups, rows * l->scales->shape[1]);
+        keep_greatest(&source, n * (int64_t)dtype_bytes(weight->dtype));
+        keep_greatest(&restored, n * 2);
+    }
+    const struct {
+        struct staged_buf *place;
+        size_t bytes;
+        const char *what;
+    } needs[] = {{&w->packed, packed, "codes"},
+                 {&w->scales, 2 * groups, "scales"},
+                 {&w->zeros, groups, "zero points"},
+                 {&w->source, source, "rows of a tensor"},
+                 {&w->sums, 2 * sizeof(double) * groups, "weight errors"}};
+    const struct core_ops *core = w->backend.core;
+    for (size_t i = 0; !rc && i < sizeof needs / sizeof *needs; i++)
+        if (needs[i].bytes)
+            rc = core->acquire_staging(&w->backend, needs[i].bytes, needs[i].what, needs[i].place);
+    return rc || !restored ? rc : core->acquire(&w->backend, restored, "dequantized rows", &w->restored);
+}
+
+static void close_worker(struct worker *w)
+{
+    struct staged_buf *const pieces[] = {&w->packed, &w->scales, &w->zeros, &w->source, &w->sums};
+    for (size_t i = 0; i < sizeof pieces / sizeof *pieces; i++)
+        if (pieces[i]->host)
+            w->backend.core->release_staging(&w->backend, pieces[i]);
+    if (w->restored.ptr)
+        w->backend.core->release(&w->backend, &w->restored);
+    backend_close(&w->backend);
 }
 
 int weights_compare(const struct model *cut, const struct model *source, struct parallel *pool,
                     const char *device, struct weight_report *out)
 {
     CHECK(!source || source->n_linears == cut->n_linears);
-    struct job job = {cut, source, device, out};
-    return parallel_for(pool, cut->n_linears, compare_task, &job);
+    const int n = parallel_workers(pool);
+    struct job job = {cut, source, mem_alloc((size_t)n, sizeof *job.workers, "workers"), out};
+    int rc = job.workers ? 0 : ERR_MEMORY;
+    for (int i = 0; !rc && i < n; i++)
+        rc = open_worker(&job, &job.workers[i], device);
+    if (!rc)
+        rc = parallel_for(pool, cut->n_linears, compare_task, &job);
+    for (int i = 0; job.workers && i < n; i++)
+        close_worker(&job.workers[i]);
+    free(job.workers);
+    return rc;
 }

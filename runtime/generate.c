@@ -125,15 +125,19 @@ static bool is_stop(const struct stop_ids *stop, int32_t id)
 
 /* --- the loop ------------------------------------------------------------------------------------------------------ */
 
+int64_t generate_rows(int64_t positions)
+{
+    return positions < PREFILL_ROWS ? positions : PREFILL_ROWS;
+}
+
 static int prefill(struct forward *f, const int32_t *ids, int64_t n, struct mat *last)
 {
     int rc = 0;
     struct mat hidden = {0};
     for (int64_t at = 0; !rc && at < n; at += PREFILL_ROWS)
         rc = forward_run(f, ids + at, n - at < PREFILL_ROWS ? n - at : PREFILL_ROWS, &hidden);
-    *last = hidden;
-    last->data = (float *)hidden.data + (hidden.rows - 1) * hidden.stride;
-    last->rows = 1;
+    if (!rc)
+        *last = mat_rows(&hidden, hidden.rows - 1, 1);
     return rc;
 }
 

@@ -37,6 +37,9 @@ struct generate_result {
     double prefill_seconds, decode_seconds;
 };
 
+/* Tokens that generate_run feeds at a time: max_rows of a forward pass of that many positions. */
+int64_t generate_rows(int64_t positions);
+
 /* Continues the prompt (at least one token) by at most max_new tokens. */
 int generate_run(struct forward *f, const struct weights *w, const int32_t *prompt, int64_t n_prompt,
                  int64_t max_new, const struct sampling *s, const struct stop_ids *stop,

@@ -2,12 +2,34 @@
 
 #include "base/err.h"
 #include "base/mem.h"
+#include "base/text.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { CHUNK_BYTES = 4 << 20 };
+/* --- bringing tensors to the device ------------------------------------------------------------------------------ */
+
+enum { PIECE_BYTES = 8 << 20 }; /* read, then copied, at a time by one thread */
+
+struct transfer {
+    const struct tensor *tensor;
+    char *to; /* on the device */
+    size_t first_task;
+};
+
+struct loader {
+    struct weights *w;
+    const struct model *m;
+    struct transfer *list;
+    size_t n, capacity, n_tasks;
+    struct load_worker *workers;
+};
+
+struct load_worker {
+    struct backend backend;
+    struct staged_buf piece;
+};
 
 /* Device memory that the weights own. */
 static int acquire(struct weights *w, size_t bytes, const char *what, void **out)
@@ -22,74 +44,214 @@ static int acquire(struct weights *w, size_t bytes, const char *what, void **out
     return 0;
 }
 
-/* Brings a tensor to the device as it lies in the file. */
-static int load_tensor(struct weights *w, const struct model *m, const struct tensor *t, struct mat *out)
+/* Notes that a tensor is to lie at `to`, as it lies in the file. */
+static int add_transfer(struct loader *l, const struct tensor *t, void *to)
+{
+    const int rc = mem_grow(&l->list, &l->capacity, l->n + 1, sizeof *l->list, "the list of tensors");
+    if (rc < 0)
+        return rc;
+    l->list[l->n++] = (struct transfer){t, to, l->n_tasks};
+    l->n_tasks += (size_t)((t->bytes + PIECE_BYTES - 1) / PIECE_BYTES);
+    return 0;
+}
+
+static int transfer_task(void *ctx, size_t task, int worker)
+{
+    const struct loader *l = ctx;
+    const struct load_worker *k = &l->workers[worker];
+    size_t low = 0, high = l->n; /* the last transfer whose first task is not after this one */
+    while (high - low > 1) {
+        const size_t middle = (low + high) / 2;
+        if (l->list[middle].first_task <= task)
+            low = middle;
+        else
+            high = middle;
+    }
+    const struct transfer *t = &l->list[low];
+    const uint64_t at = (task - t->first_task) * (uint64_t)PIECE_BYTES;
+    const size_t n = (size_t)(t->tensor->bytes - at < PIECE_BYTES ? t->tensor->bytes - at : PIECE_BYTES);
+    if (k->backend.host_memory)
+        return checkpoint_read(&l->m->checkpoint, t->tensor, at, n, t->to + at);
+    const int rc = checkpoint_read(&l->m->checkpoint, t->tensor, at, n, k->piece.host);
+    return rc ? rc : k->backend.core->upload(&k->backend, t->to + at, k->piece.host, n);
+}
+
+/* Runs the transfers with a thread for each processor. */
+static int run_transfers(struct loader *l)
+{
+    struct parallel *pool;
+    int rc = parallel_open(&pool, 0);
+    if (rc < 0)
+        return rc;
+    const int n = parallel_workers(pool);
+    l->workers = mem_alloc((size_t)n, sizeof *l->workers, "workers");
+    rc = l->workers ? 0 : ERR_MEMORY;
+    for (int i = 0; !rc && i < n; i++) {
+        struct load_worker *k = &l->workers[i];
+        rc = backend_open_beside(&k->backend, l->w->backend);
+        if (!rc && !k->backend.host_memory)
+            rc = k->backend.core->acquire_staging(&k->backend, PIECE_BYTES, "a piece of a tensor", &k->piece);
+    }
+    if (!rc)
+        rc = parallel_for(pool, l->n_tasks, transfer_task, l);
+    for (int i = 0; l->workers && i < n; i++) {
+        struct load_worker *k = &l->workers[i];
+        if (k->piece.host)
+            k->backend.core->release_staging(&k->backend, &k->piece);
+        backend_close(&k->backend);
+    }
+    free(l->workers);
+    parallel_close(pool);
+    return rc;
+}
+
+static int load_tensor(struct loader *l, const struct tensor *t, struct mat *out)
 {
     void *data = NULL;
-    int rc = acquire(w, (size_t)t->bytes, t->name, &data);
-    char *chunk = rc ? NULL : mem_alloc_aligned(CHUNK_BYTES, "a piece of a tensor");
-    if (!rc && !chunk)
-        rc = ERR_MEMORY;
-    for (uint64_t at = 0; !rc && at < t->bytes; at += CHUNK_BYTES) {
-        const size_t n = (size_t)(t->bytes - at < CHUNK_BYTES ? t->bytes - at : CHUNK_BYTES);
-        rc = checkpoint_read(&m->checkpoint, t, at, n, chunk);
-        if (!rc)
-            rc = w->backend->core->upload(w->backend, (char *)data + at, chunk, n);
-    }
-    free(chunk);
+    int rc = acquire(l->w, (size_t)t->bytes, t->name, &data);
+    if (!rc)
+        rc = add_transfer(l, t, data);
     *out = (struct mat){data, t->dtype, tensor_rows(t), tensor_cols(t), tensor_cols(t)};
     return rc;
 }
 
-static int load_packed(struct weights *w, const struct model *m, const struct model_linear *l,
-                       struct qmat *out)
+/* --- linears ------------------------------------------------------------------------------------------------------ */
+
+static bool same_form(const struct model_linear *a, const struct model_linear *b)
 {
-    struct mat packed, scales;
-    int rc = load_tensor(w, m, l->packed, &packed);
-    if (!rc)
-        rc = load_tensor(w, m, l->scales, &scales);
-    if (rc < 0)
-        return rc;
-    *out = model_qmat(l, 0, packed.rows, packed.data, scales.data, NULL);
-    if (!l->zeros)
-        return 0;
-    uint16_t *host_scales;
-    int8_t *zeros;
+    if (a->quantized != b->quantized)
+        return false;
+    return a->quantized ? a->scheme.bits == b->scheme.bits && a->scheme.group == b->scheme.group &&
+                              a->scheme.symmetric == b->scheme.symmetric
+                        : a->weight->dtype == b->weight->dtype;
+}
+
+/* Linears of equal form, one below the other in one matrix; parts[i] are its rows that belong to members[i]. */
+static int load_plain_rows(struct loader *l, const struct model_linear *const *members, int n,
+                           struct linear *whole, struct linear *parts)
+{
+    const struct tensor *first = members[0]->weight;
+    const int64_t cols = first->shape[1];
+    int64_t rows = 0;
     void *data = NULL;
-    const size_t n = (size_t)(scales.rows * scales.cols);
-    if ((rc = model_read_scales(m, l, &host_scales, &zeros)) < 0)
-        return rc;
-    rc = acquire(w, n, l->zeros->name, &data);
-    if (!rc)
-        rc = w->backend->core->upload(w->backend, data, zeros, n);
-    if (!rc)
-        out->zeros.data = data;
-    free(host_scales);
-    free(zeros);
+    for (int i = 0; i < n; i++)
+        rows += members[i]->weight->shape[0];
+    int rc = acquire(l->w, (size_t)(rows * cols) * dtype_bytes(first->dtype), first->name, &data);
+    *whole = (struct linear){.weight = {data, first->dtype, rows, cols, cols}};
+    for (int64_t i = 0, row = 0; !rc && i < n; row += members[i++]->weight->shape[0]) {
+        parts[i] = (struct linear){.weight = mat_rows(&whole->weight, row, members[i]->weight->shape[0])};
+        rc = add_transfer(l, members[i]->weight, parts[i].weight.data);
+    }
     return rc;
 }
 
-static int load_linear(struct weights *w, const struct model *m, const struct model_linear *l)
+/* Zero points lie packed along the rows in the file; they are few, and unpacked on the way. */
+static int load_zeros(struct loader *l, const struct model_linear *from, const struct mat *zeros)
 {
-    struct block *block = &w->blocks[l->spec->layer];
-    struct linear *const places[] = {
-        [GEMMA_Q] = &block->q,      [GEMMA_K] = &block->k,       [GEMMA_V] = &block->v,
-        [GEMMA_O] = &block->o,      [GEMMA_GATE] = &block->gate, [GEMMA_UP] = &block->up,
-        [GEMMA_DOWN] = &block->down};
-    struct linear *out = places[l->spec->role];
-    out->quantized = l->quantized;
-    return l->quantized ? load_packed(w, m, l, &out->packed) : load_tensor(w, m, l->weight, &out->weight);
+    uint16_t *scales;
+    int8_t *host;
+    int rc = model_read_scales(l->m, from, &scales, &host);
+    if (rc < 0)
+        return rc;
+    rc = l->w->backend->core->upload(l->w->backend, zeros->data, host, (size_t)(zeros->rows * zeros->cols));
+    free(scales);
+    free(host);
+    return rc;
 }
 
-/* Norms and the embedding find their places by the last part of their names. */
-static int load_plain(struct weights *w, const struct model *m, const struct gemma_tensor *spec)
+static int load_packed_rows(struct loader *l, const struct model_linear *const *members, int n,
+                            struct linear *whole, struct linear *parts)
 {
-    const struct tensor *t = checkpoint_tensor(&m->checkpoint, spec->name);
+    const struct model_linear *first = members[0];
+    const size_t words = (size_t)first->packed->shape[1], groups = (size_t)first->scales->shape[1];
+    size_t rows = 0;
+    void *packed = NULL, *scales = NULL, *zeros = NULL;
+    for (int i = 0; i < n; i++)
+        rows += (size_t)members[i]->packed->shape[0];
+    int rc = acquire(l->w, rows * words * sizeof(uint32_t), first->packed->name, &packed);
+    if (!rc)
+        rc = acquire(l->w, rows * groups * sizeof(uint16_t), first->scales->name, &scales);
+    if (!rc && first->zeros)
+        rc = acquire(l->w, rows * groups, first->zeros->name, &zeros);
+    if (rc < 0)
+        return rc;
+    *whole = (struct linear){true, .packed = model_qmat(first, 0, (int64_t)rows, packed, scales, zeros)};
+    for (int64_t i = 0, row = 0; !rc && i < n; row += members[i++]->packed->shape[0]) {
+        const int64_t part = members[i]->packed->shape[0];
+        struct qmat q = whole->packed;
+        q.packed = mat_rows(&q.packed, row, part);
+        q.scales = mat_rows(&q.scales, row, part);
+        if (zeros)
+            q.zeros = mat_rows(&q.zeros, row, part);
+        parts[i] = (struct linear){true, .packed = q};
+        rc = add_transfer(l, members[i]->packed, q.packed.data);
+        if (!rc)
+            rc = add_transfer(l, members[i]->scales, q.scales.data);
+        if (!rc && zeros)
+            rc = load_zeros(l, members[i], &q.zeros);
+    }
+    return rc;
+}
+
+static int load_rows(struct loader *l, const struct model_linear *const *members, int n, struct linear *whole,
+                     struct linear *parts)
+{
+    return members[0]->quantized ? load_packed_rows(l, members, n, whole, parts)
+                                 : load_plain_rows(l, members, n, whole, parts);
+}
+
+/* members: the set's linears in order. */
+static int load_set(struct loader *l, const struct model_linear *const *members, int n,
+                    struct linear_set *set)
+{
+    struct linear alone;
+    *set = (struct linear_set){.n = n, .fused = true};
+    for (int i = 1; i < n; i++)
+        set->fused = set->fused && same_form(members[0], members[i]);
+    if (set->fused)
+        return load_rows(l, members, n, &set->whole, set->parts);
+    int rc = 0;
+    for (int i = 0; !rc && i < n; i++)
+        rc = load_rows(l, &members[i], 1, &alone, &set->parts[i]);
+    return rc;
+}
+
+/* The linears come in model order: q, k, v, o, gate, up, down of each block. */
+static int load_linears(struct loader *l)
+{
+    const struct model *m = l->m;
+    int rc = 0;
+    for (size_t i = 0; !rc && i < m->n_linears;) {
+        const struct model_linear *members[3];
+        const struct gemma_tensor *spec = m->linears[i].spec;
+        struct block *block = &l->w->blocks[spec->layer];
+        struct linear_set *const places[N_FUSED] = {[FUSED_QKV] = &block->qkv,
+                                                    [FUSED_O] = &block->o,
+                                                    [FUSED_GATE_UP] = &block->gate_up,
+                                                    [FUSED_DOWN] = &block->down};
+        const enum gemma_fused set = gemma_fused_set(spec->role);
+        int n = 0;
+        for (; i < m->n_linears && n < 3 && m->linears[i].spec->layer == spec->layer &&
+               gemma_fused_set(m->linears[i].spec->role) == set;
+             i++)
+            members[n++] = &m->linears[i];
+        rc = load_set(l, members, n, places[set]);
+    }
+    return rc;
+}
+
+/* --- the rest ----------------------------------------------------------------------------------------------------- */
+
+/* Norms and the embedding find their places by the last part of their names. */
+static int load_plain(struct loader *l, const struct gemma_tensor *spec)
+{
+    struct weights *w = l->w;
+    const struct tensor *t = checkpoint_tensor(&l->m->checkpoint, spec->name);
     CHECK(t);
     if (spec->role == GEMMA_EMBEDDING)
-        return load_tensor(w, m, t, &w->embedding);
+        return load_tensor(l, t, &w->embedding);
     if (spec->layer < 0)
-        return load_tensor(w, m, t, &w->final_norm);
+        return load_tensor(l, t, &w->final_norm);
     struct block *b = &w->blocks[spec->layer];
     const struct {
         const char *name;
@@ -102,11 +264,9 @@ static int load_plain(struct weights *w, const struct model *m, const struct gem
         {".pre_feedforward_layernorm.weight", &b->pre_mlp_norm},
         {".post_feedforward_layernorm.weight", &b->post_mlp_norm},
     };
-    for (size_t i = 0; i < sizeof norms / sizeof *norms; i++) {
-        const size_t n = strlen(spec->name), k = strlen(norms[i].name);
-        if (n > k && !strcmp(spec->name + n - k, norms[i].name))
-            return load_tensor(w, m, t, norms[i].place);
-    }
+    for (size_t i = 0; i < sizeof norms / sizeof *norms; i++)
+        if (text_ends_with(spec->name, norms[i].name))
+            return load_tensor(l, t, norms[i].place);
     return err_set(ERR_UNSUPPORTED, "tensor '%s' has no place in a block", spec->name);
 }
 
@@ -144,18 +304,36 @@ static void describe_blocks(struct weights *w)
 int weights_load(struct weights *w, const struct model *m, const struct backend *b)
 {
     *w = (struct weights){.backend = b, .config = m->gemma};
+    struct loader l = {.w = w, .m = m};
     w->blocks = mem_alloc((size_t)m->gemma.n_layers, sizeof *w->blocks, "the blocks");
     int rc = w->blocks ? make_inv_freq(w) : ERR_MEMORY;
     if (!rc)
         describe_blocks(w);
-    for (size_t i = 0; !rc && i < m->n_linears; i++)
-        rc = load_linear(w, m, &m->linears[i]);
+    if (!rc)
+        rc = load_linears(&l);
     for (size_t i = 0; !rc && i < m->tensors.n; i++)
         if (!gemma_is_linear(m->tensors.list[i].role))
-            rc = load_plain(w, m, &m->tensors.list[i]);
+            rc = load_plain(&l, &m->tensors.list[i]);
+    if (!rc)
+        rc = run_transfers(&l);
+    free(l.list);
     if (rc < 0)
         weights_free(w);
     return rc;
+}
+
+uint64_t weights_bytes(const struct model *m)
+{
+    uint64_t bytes = 0;
+    for (size_t i = 0; i < m->n_linears; i++) {
+        const struct model_linear *l = &m->linears[i];
+        bytes += l->quantized ? l->packed->bytes + l->scales->bytes + (l->zeros ? l->scales->bytes / 2 : 0)
+                              : l->weight->bytes;
+    }
+    for (size_t i = 0; i < m->tensors.n; i++)
+        if (!gemma_is_linear(m->tensors.list[i].role))
+            bytes += checkpoint_tensor(&m->checkpoint, m->tensors.list[i].name)->bytes;
+    return bytes;
 }
 
 void weights_free(struct weights *w)
@@ -169,8 +347,23 @@ void weights_free(struct weights *w)
     *w = (struct weights){0};
 }
 
-int linear_forward(const struct backend *b, const struct linear *l, const struct mat *x,
-                   const struct mat *out)
+static int linear_forward(const struct backend *b, const struct linear *l, const struct mat *x,
+                          const struct mat *out)
 {
     return l->quantized ? b->core->q_gemm(b, x, &l->packed, out) : b->core->gemm(b, x, &l->weight, out);
+}
+
+int linear_set_forward(const struct backend *b, const struct linear_set *s, const struct mat *x,
+                       const struct mat *out)
+{
+    if (s->fused)
+        return linear_forward(b, &s->whole, x, out);
+    int rc = 0;
+    for (int64_t i = 0, col = 0; !rc && i < s->n; i++) {
+        const struct linear *l = &s->parts[i];
+        const struct mat part = mat_cols(out, col, l->quantized ? l->packed.packed.rows : l->weight.rows);
+        rc = linear_forward(b, l, x, &part);
+        col += part.cols;
+    }
+    return rc;
 }

@@ -13,6 +13,15 @@ struct linear {
     struct qmat packed;
 };
 
+/* Linears that read the same input; their outputs stand side by side. Where all of them lie in the same form, they lie
+ * one after another and are one product. */
+struct linear_set {
+    int n;
+    struct linear parts[3];
+    bool fused;
+    struct linear whole; /* when fused */
+};
+
 /* One decoder block: what it computes with, and how. Settings are per layer, because families differ in them from
  * layer to layer. */
 struct block {
@@ -20,7 +29,7 @@ struct block {
     int64_t window; /* keys a query sees; 0 = all */
     float score_scale;
     int rope; /* which of weights.inv_freq it turns by */
-    struct linear q, k, v, o, gate, up, down;
+    struct linear_set qkv, o, gate_up, down;
     struct mat input_norm, q_norm, k_norm, post_attention_norm, pre_mlp_norm, post_mlp_norm; /* [1, n] */
 };
 
@@ -36,12 +45,16 @@ struct weights {
     uint64_t bytes; /* of all of them */
 };
 
-/* Loads a bound model (model_bind without problems). The model must stay open as long as the weights. */
+/* Loads a bound model (model_bind without problems) with as many threads as the machine has processors. The model must
+ * stay open as long as the weights. */
 int weights_load(struct weights *out, const struct model *m, const struct backend *b);
 void weights_free(struct weights *w);
 
-/* out [n, rows] = x [n, cols]·Wᵀ */
-int linear_forward(const struct backend *b, const struct linear *l, const struct mat *x,
-                   const struct mat *out);
+/* Bytes that weights_load takes from the device. */
+uint64_t weights_bytes(const struct model *m);
+
+/* out [n, Σ rows] = x [n, cols]·Wᵀ, part by part from left to right */
+int linear_set_forward(const struct backend *b, const struct linear_set *s, const struct mat *x,
+                       const struct mat *out);
 
 #endif

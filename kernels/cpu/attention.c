@@ -13,6 +13,7 @@ struct attention_job {
     const struct cpu_state *state;
     const struct attention_spec *spec;
     const struct mat *q, *keys, *values, *out;
+    int64_t n_new; /* tokens of a sequence */
     int64_t run, n_runs;
 };
 
@@ -46,17 +47,19 @@ static int attention_task(void *ctx, size_t index, int worker)
 {
     const struct attention_job *j = ctx;
     const struct attention_spec *a = j->spec;
-    const int head = (int)(index / (size_t)j->n_runs), kv_head = head / (a->n_heads / a->n_kv_heads);
-    const int64_t d = a->head_dim, row = (int64_t)(index % (size_t)j->n_runs) * j->run;
-    const int64_t n = j->q->rows - row < j->run ? j->q->rows - row : j->run;
+    const int64_t part = (int64_t)index % j->n_runs, sequence = (int64_t)index / j->n_runs / a->heads.n_heads;
+    const int head = (int)((int64_t)index / j->n_runs % a->heads.n_heads);
+    const int kv_head = head / (a->heads.n_heads / a->heads.n_kv_heads);
+    const int64_t d = a->heads.head_dim, token = part * j->run, row = sequence * j->n_new + token;
+    const int64_t n = j->n_new - token < j->run ? j->n_new - token : j->run;
     /* keys that any of these queries sees: [from, to) */
-    const int64_t first = a->first_position + row, to = first + n;
+    const int64_t first = a->sequences.first_position + token, to = first + n;
     const int64_t from = a->window && first - a->window + 1 > 0 ? first - a->window + 1 : 0;
-    const int64_t width = to - from;
+    const int64_t width = to - from, slot = sequence * a->sequences.max_positions + from;
     float *scores = j->state->scratch[worker];
     const float *q = (const float *)j->q->data + row * j->q->stride + head * d;
-    const float *k = (const float *)j->keys->data + from * j->keys->stride + kv_head * d;
-    const float *v = (const float *)j->values->data + from * j->values->stride + kv_head * d;
+    const float *k = (const float *)j->keys->data + slot * j->keys->stride + kv_head * d;
+    const float *v = (const float *)j->values->data + slot * j->values->stride + kv_head * d;
     blas_sgemm(true, (int)n, (int)width, (int)d, q, (int)j->q->stride, k, (int)j->keys->stride, scores,
                (int)width);
     for (int64_t r = 0; r < n; r++) {
@@ -76,11 +79,14 @@ static int attention_task(void *ctx, size_t index, int worker)
 int cpu_attention(const struct backend *b, const struct attention_spec *spec, const struct mat *q,
                   const struct mat *keys, const struct mat *values, const struct mat *out)
 {
-    const int64_t positions = spec->first_position + q->rows;
+    const struct heads *h = &spec->heads;
+    const struct sequences *s = &spec->sequences;
+    const int64_t n_new = q->rows / s->n, positions = s->first_position + n_new;
     CHECK(q->dtype == DTYPE_F32 && keys->dtype == DTYPE_F32 && values->dtype == DTYPE_F32 &&
           out->dtype == DTYPE_F32);
-    CHECK(spec->n_heads % spec->n_kv_heads == 0 && q->cols == spec->n_heads * spec->head_dim);
-    CHECK(keys->rows >= positions && keys->cols == spec->n_kv_heads * spec->head_dim && spec->scale > 0);
+    CHECK(h->n_heads % h->n_kv_heads == 0 && q->cols == h->n_heads * h->head_dim && q->rows % s->n == 0);
+    CHECK(positions <= s->max_positions && keys->rows >= s->n * s->max_positions);
+    CHECK(keys->cols == h->n_kv_heads * h->head_dim && spec->scale > 0);
     const int64_t reach = spec->window && spec->window < positions ? spec->window : positions;
     const int64_t fitting = CPU_SCRATCH_BYTES / 4 / (reach + QUERIES);
     if (fitting < 1)
@@ -95,7 +101,8 @@ int cpu_attention(const struct backend *b, const struct attention_spec *spec, co
                               .keys = keys,
                               .values = values,
                               .out = out,
+                              .n_new = n_new,
                               .run = fitting < QUERIES ? fitting : QUERIES};
-    j.n_runs = (q->rows + j.run - 1) / j.run;
-    return parallel_for(j.state->pool, (size_t)(j.n_runs * spec->n_heads), attention_task, &j);
+    j.n_runs = (n_new + j.run - 1) / j.run;
+    return parallel_for(j.state->pool, (size_t)(s->n * h->n_heads * j.n_runs), attention_task, &j);
 }

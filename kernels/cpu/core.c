@@ -50,8 +50,9 @@ static int64_t first_nonfinite(const struct mat *w, int64_t row, int64_t from)
     return found < 0 ? -1 : found + from;
 }
 
-int cpu_find_nonfinite(const struct mat *w, int64_t *index)
+int cpu_find_nonfinite(const struct backend *b, const struct mat *w, int64_t *index)
 {
+    (void)b;
     const int rc = cpu_check_float(w, "find_nonfinite");
     *index = -1;
     for (int64_t r = 0; !rc && *index < 0 && r < w->rows; r++) {
@@ -62,8 +63,9 @@ int cpu_find_nonfinite(const struct mat *w, int64_t *index)
     return rc;
 }
 
-int cpu_zero_nonfinite(const struct mat *w, int64_t *count)
+int cpu_zero_nonfinite(const struct backend *b, const struct mat *w, int64_t *count)
 {
+    (void)b;
     const int rc = cpu_check_float(w, "zero_nonfinite");
     *count = 0;
     for (int64_t r = 0; !rc && r < w->rows; r++)
@@ -73,34 +75,53 @@ int cpu_zero_nonfinite(const struct mat *w, int64_t *count)
     return rc;
 }
 
-/* Float lanes over one chunk of a row, doubles beyond. */
-CPU_CLONES static void row_squared_error(const struct mat *a, const struct mat *b, int64_t row, double *error,
-                                         double *reference)
+/* Columns [col, col + n) of a row: float lanes over one chunk, doubles beyond. Adds to sums. */
+CPU_CLONES static void row_squared_error(const struct mat *x, const struct mat *y, int64_t row, int64_t col,
+                                         int64_t n, double sums[2])
 {
-    float x[CHUNK], y[CHUNK];
-    for (int64_t c = 0; c < a->cols; c += CHUNK) {
-        const int64_t n = a->cols - c < CHUNK ? a->cols - c : CHUNK;
-        load_row(a, row, c, n, x);
-        load_row(b, row, c, n, y);
-        vfloat sum_error = {0}, sum_reference = {0};
-        for (int64_t i = 0; i < n; i += LANES) {
-            const vfloat u = vload(x + i), d = u - vload(y + i);
-            sum_error += d * d;
-            sum_reference += u * u;
+    float u[CHUNK], v[CHUNK];
+    for (int64_t c = 0; c < n; c += CHUNK) {
+        const int64_t part = n - c < CHUNK ? n - c : CHUNK;
+        load_row(x, row, col + c, part, u);
+        load_row(y, row, col + c, part, v);
+        vfloat error = {0}, reference = {0};
+        for (int64_t i = 0; i < part; i += LANES) {
+            const vfloat a = vload(u + i), d = a - vload(v + i);
+            error += d * d;
+            reference += a * a;
         }
-        *error += (double)vsum(sum_error);
-        *reference += (double)vsum(sum_reference);
+        sums[0] += (double)vsum(error);
+        sums[1] += (double)vsum(reference);
     }
 }
 
-int cpu_squared_error(const struct mat *a, const struct mat *b, double *error, double *reference)
+static int check_pair(const struct mat *x, const struct mat *y)
 {
-    int rc = cpu_check_float(a, "squared_error");
-    if (!rc)
-        rc = cpu_check_float(b, "squared_error");
-    CHECK(a->rows == b->rows && a->cols == b->cols);
-    *error = *reference = 0;
-    for (int64_t r = 0; !rc && r < a->rows; r++)
-        row_squared_error(a, b, r, error, reference);
+    CHECK(x->rows == y->rows && x->cols == y->cols);
+    const int rc = cpu_check_float(x, "squared_error");
+    return rc ? rc : cpu_check_float(y, "squared_error");
+}
+
+int cpu_squared_error(const struct backend *b, const struct mat *x, const struct mat *y, double sums[2])
+{
+    (void)b;
+    const int rc = check_pair(x, y);
+    sums[0] = sums[1] = 0;
+    for (int64_t r = 0; !rc && r < x->rows; r++)
+        row_squared_error(x, y, r, 0, x->cols, sums);
+    return rc;
+}
+
+int cpu_group_squared_error(const struct backend *b, const struct mat *x, const struct mat *y, int64_t group,
+                            double *sums)
+{
+    (void)b;
+    const int rc = check_pair(x, y);
+    CHECK(group > 0);
+    for (int64_t r = 0; !rc && r < x->rows; r++)
+        for (int64_t c = 0; c < x->cols; c += group, sums += 2) {
+            sums[0] = sums[1] = 0;
+            row_squared_error(x, y, r, c, x->cols - c < group ? x->cols - c : group, sums);
+        }
     return rc;
 }

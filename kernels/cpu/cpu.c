@@ -3,15 +3,27 @@
 
 #include "base/err.h"
 #include "base/mem.h"
+#include "kernels/budget.h"
 
+#include <stdio.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 int cpu_open(struct backend *b, int n_threads)
 {
     struct cpu_state *s = mem_alloc(1, sizeof *s, "the CPU backend");
     if (!s)
         return ERR_MEMORY;
-    b->state = s;
+    *b = (struct backend){.name = "cpu",
+                          .core = &cpu_core_ops,
+                          .quant = &cpu_quant_ops,
+                          .activation = DTYPE_F32,
+                          .host_memory = true,
+                          .batch_tokens = 1,
+                          .block_bytes = 128
+                                         << 10, /* source, codes and result stay in the second-level cache */
+                          .logit_bytes = 64 << 20,
+                          .state = s};
     int rc = parallel_open(&s->pool, n_threads);
     if (!rc &&
         !(s->scratch = mem_alloc((size_t)parallel_workers(s->pool), sizeof *s->scratch, "scratch memory")))
@@ -22,6 +34,20 @@ int cpu_open(struct backend *b, int n_threads)
     if (rc < 0)
         cpu_close(b);
     return rc;
+}
+
+/* "model name" of the first processor, as the kernel tells it. */
+int cpu_title(char title[DEVICE_TEXT_BYTES])
+{
+    char line[DEVICE_TEXT_BYTES + 64];
+    snprintf(title, DEVICE_TEXT_BYTES, "CPU");
+    FILE *f = fopen("/proc/cpuinfo", "re");
+    while (f && fgets(line, sizeof line, f))
+        if (sscanf(line, "model name : %255[^\n]", title) == 1)
+            break;
+    if (f)
+        fclose(f);
+    return 0;
 }
 
 void cpu_close(struct backend *b)
@@ -38,15 +64,47 @@ void cpu_close(struct backend *b)
 static int acquire(const struct backend *b, size_t bytes, const char *what, struct buf *out)
 {
     (void)b;
+    *out = (struct buf){0};
+    int rc = budget_take("cpu", bytes, what);
+    if (rc < 0)
+        return rc;
     *out = (struct buf){mem_alloc_huge(bytes, what), bytes};
-    return out->ptr ? 0 : ERR_MEMORY;
+    if (out->ptr)
+        return 0;
+    budget_give(bytes);
+    return ERR_MEMORY;
 }
 
 static void release(const struct backend *b, struct buf *buf)
 {
     (void)b;
+    if (buf->ptr)
+        budget_give(buf->bytes);
     free(buf->ptr);
     *buf = (struct buf){0};
+}
+
+static int acquire_staging(const struct backend *b, size_t bytes, const char *what, struct staged_buf *out)
+{
+    struct buf buf;
+    const int rc = acquire(b, bytes, what, &buf);
+    *out = (struct staged_buf){buf.ptr, buf.ptr, buf.bytes};
+    return rc;
+}
+
+static void release_staging(const struct backend *b, struct staged_buf *s)
+{
+    release(b, &(struct buf){s->host, s->bytes});
+    *s = (struct staged_buf){0};
+}
+
+static int memory(const struct backend *b, struct device_memory *out)
+{
+    (void)b;
+    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    *out = (struct device_memory){.free = page * (uint64_t)sysconf(_SC_AVPHYS_PAGES),
+                                  .total = page * (uint64_t)sysconf(_SC_PHYS_PAGES)};
+    return 0;
 }
 
 static int copy(const struct backend *b, void *to, const void *from, size_t bytes)
@@ -56,20 +114,41 @@ static int copy(const struct backend *b, void *to, const void *from, size_t byte
     return 0;
 }
 
+static int stage(const struct backend *b, const struct staged_buf *s, size_t offset, size_t bytes)
+{
+    (void)b;
+    CHECK(s->host == s->device && offset <= s->bytes && bytes <= s->bytes - offset);
+    return 0;
+}
+
+static int wait(const struct backend *b)
+{
+    (void)b;
+    return 0;
+}
+
 const struct core_ops cpu_core_ops = {
     .acquire = acquire,
     .release = release,
+    .acquire_staging = acquire_staging,
+    .release_staging = release_staging,
+    .memory = memory,
     .upload = copy,
     .download = copy,
+    .stage_in = stage,
+    .stage_out = stage,
+    .wait = wait,
     .find_nonfinite = cpu_find_nonfinite,
     .zero_nonfinite = cpu_zero_nonfinite,
     .squared_error = cpu_squared_error,
+    .group_squared_error = cpu_group_squared_error,
     .embed = cpu_embed,
     .rms_norm = cpu_rms_norm,
+    .add_norm = cpu_add_norm,
     .gemm = cpu_gemm,
     .q_gemm = cpu_q_gemm,
     .rope_table = cpu_rope_table,
-    .rope = cpu_rope,
+    .split_qkv = cpu_split_qkv,
     .attention = cpu_attention,
     .geglu = cpu_geglu,
     .softcap = cpu_softcap,

@@ -27,6 +27,7 @@ struct cpu_state {
 
 int cpu_open(struct backend *b, int n_threads);
 void cpu_close(struct backend *b);
+int cpu_title(char title[DEVICE_TEXT_BYTES]);
 
 CPU_INLINE const struct cpu_state *cpu_state(const struct backend *b)
 {
@@ -34,16 +35,22 @@ CPU_INLINE const struct cpu_state *cpu_state(const struct backend *b)
 }
 
 /* Operations, by file; cpu.c puts them into the table. */
-int cpu_find_nonfinite(const struct mat *w, int64_t *index);
-int cpu_zero_nonfinite(const struct mat *w, int64_t *count);
-int cpu_squared_error(const struct mat *a, const struct mat *b, double *error, double *reference);
+int cpu_find_nonfinite(const struct backend *b, const struct mat *w, int64_t *index);
+int cpu_zero_nonfinite(const struct backend *b, const struct mat *w, int64_t *count);
+int cpu_squared_error(const struct backend *b, const struct mat *x, const struct mat *y, double sums[2]);
+int cpu_group_squared_error(const struct backend *b, const struct mat *x, const struct mat *y, int64_t group,
+                            double *sums);
 int cpu_embed(const struct backend *b, const struct mat *table, const int32_t *ids, float scale,
               const struct mat *out);
 int cpu_rms_norm(const struct backend *b, const struct mat *x, const struct mat *w,
-                 const struct norm_spec *spec, const struct mat *residual, const struct mat *out);
+                 const struct norm_spec *spec, const struct mat *out);
+int cpu_add_norm(const struct backend *b, const struct mat *branch, const struct mat *branch_norm,
+                 const struct mat *x, const struct mat *next_norm, const struct norm_spec *spec,
+                 const struct mat *out);
 int cpu_rope_table(const struct backend *b, const float *inv_freq, int64_t first_position,
                    const struct mat *table);
-int cpu_rope(const struct backend *b, const struct mat *x, int head_dim, const struct mat *table);
+int cpu_split_qkv(const struct backend *b, const struct qkv_spec *spec, const struct mat *qkv,
+                  const struct mat *q, const struct mat *keys, const struct mat *values);
 int cpu_geglu(const struct backend *b, const struct mat *gate, const struct mat *up, const struct mat *out);
 int cpu_softcap(const struct backend *b, const struct mat *x, float cap);
 int cpu_gemm(const struct backend *b, const struct mat *x, const struct mat *w, const struct mat *out);

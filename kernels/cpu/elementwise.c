@@ -55,8 +55,9 @@ int cpu_embed(const struct backend *b, const struct mat *table, const int32_t *i
 /* --- RMSNorm -------------------------------------------------------------------------------------------------- */
 
 struct norm_job {
-    const struct mat *x, *w, *residual, *out;
     const struct norm_spec *spec;
+    const struct mat *x, *w, *out;       /* rms_norm: out = norm(x); add_norm: the second of its two */
+    const struct mat *branch, *branch_w; /* add_norm: x += norm(branch) comes first */
 };
 
 /* Σ x², in lanes and then over them. */
@@ -72,20 +73,19 @@ CPU_INLINE float sum_of_squares(const float *x, int64_t n)
     return s;
 }
 
-CPU_CLONES static void norm_row(const struct norm_job *j, int64_t row)
+/* y = (residual or 0) + RMSNorm(x)·w for one row of n; y may be x or residual. */
+CPU_CLONES static void norm_row(const float *x, const struct mat *weight, const struct norm_spec *spec,
+                                const float *residual, float *y, int64_t n)
 {
-    const float *x = row_of(j->x, row), *residual = j->residual ? row_of(j->residual, row) : NULL;
-    float *y = row_of(j->out, row);
-    const int64_t n = j->x->cols;
-    const float scale = 1 / sqrtf(sum_of_squares(x, n) / (float)n + j->spec->eps);
-    const float offset = j->spec->unit_offset ? 1 : 0;
+    const float scale = 1 / sqrtf(sum_of_squares(x, n) / (float)n + spec->eps);
+    const float offset = spec->unit_offset ? 1 : 0;
     float w[256];
     for (int64_t c = 0; c < n; c += 256) {
         const int64_t part = n - c < 256 ? n - c : 256;
-        if (j->w)
-            load_row(j->w, 0, c, part, w);
+        if (weight)
+            load_row(weight, 0, c, part, w);
         for (int64_t i = 0; i < part; i++)
-            w[i] = (j->w ? offset + w[i] : 1) * scale;
+            w[i] = (weight ? offset + w[i] : 1) * scale;
         if (residual)
             for (int64_t i = 0; i < part; i++)
                 y[c + i] = residual[c + i] + x[c + i] * w[i];
@@ -99,26 +99,46 @@ static int norm_task(void *ctx, size_t run, int worker)
 {
     (void)worker;
     const struct norm_job *j = ctx;
-    for (int64_t r = (int64_t)run * RUN; r < run_end(run, j->x->rows); r++)
-        norm_row(j, r);
+    const int64_t n = j->x->cols;
+    for (int64_t r = (int64_t)run * RUN; r < run_end(run, j->x->rows); r++) {
+        if (j->branch)
+            norm_row(row_of(j->branch, r), j->branch_w, j->spec, row_of(j->x, r), row_of(j->x, r), n);
+        norm_row(row_of(j->x, r), j->w, j->spec, NULL, row_of(j->out, r), n);
+    }
     return 0;
 }
 
-int cpu_rms_norm(const struct backend *b, const struct mat *x, const struct mat *w,
-                 const struct norm_spec *spec, const struct mat *residual, const struct mat *out)
+static int check_norm(const struct mat *x, const struct mat *w, const struct mat *out, const char *op)
 {
     check_f32(x);
     check_f32(out);
     CHECK(out->rows == x->rows && out->cols == x->cols && (!w || w->cols == x->cols));
-    const int rc = w ? cpu_check_float(w, "rms_norm") : 0;
-    struct norm_job j = {x, w, residual, out, spec};
+    return w ? cpu_check_float(w, op) : 0;
+}
+
+int cpu_rms_norm(const struct backend *b, const struct mat *x, const struct mat *w,
+                 const struct norm_spec *spec, const struct mat *out)
+{
+    const int rc = check_norm(x, w, out, "rms_norm");
+    struct norm_job j = {.spec = spec, .x = x, .w = w, .out = out};
+    return rc < 0 ? rc : parallel_for(cpu_state(b)->pool, n_runs(x->rows), norm_task, &j);
+}
+
+int cpu_add_norm(const struct backend *b, const struct mat *branch, const struct mat *branch_norm,
+                 const struct mat *x, const struct mat *next_norm, const struct norm_spec *spec,
+                 const struct mat *out)
+{
+    int rc = check_norm(branch, branch_norm, x, "add_norm");
+    if (!rc)
+        rc = check_norm(x, next_norm, out, "add_norm");
+    struct norm_job j = {spec, x, next_norm, out, branch, branch_norm};
     return rc < 0 ? rc : parallel_for(cpu_state(b)->pool, n_runs(x->rows), norm_task, &j);
 }
 
 /* --- rotary positions ------------------------------------------------------------------------------------------- */
 
 struct rope_job {
-    const struct mat *x, *table;
+    const struct mat *table;
     const float *inv_freq; /* [half] */
     int64_t half, first_position;
 };
@@ -155,23 +175,66 @@ CPU_CLONES static void rotate_head(float *restrict x, const float *restrict tabl
     }
 }
 
-static int rope_task(void *ctx, size_t run, int worker)
+struct qkv_job {
+    const struct qkv_spec *spec;
+    const struct mat *qkv, *q, *keys, *values;
+    int64_t n_new; /* tokens of a sequence */
+};
+
+/* n heads of one token, normed and turned into out. */
+static void turn_heads(const struct qkv_job *j, const float *x, const struct mat *norm, int n,
+                       const float *table, float *out)
+{
+    const int64_t d = j->spec->heads.head_dim;
+    for (int h = 0; h < n; h++, x += d, out += d) {
+        if (norm)
+            norm_row(x, norm, &j->spec->norm, NULL, out, d);
+        else
+            memcpy(out, x, (size_t)d * sizeof *out);
+        rotate_head(out, table, d / 2);
+    }
+}
+
+static int qkv_task(void *ctx, size_t run, int worker)
 {
     (void)worker;
-    const struct rope_job *j = ctx;
-    for (int64_t r = (int64_t)run * RUN; r < run_end(run, j->x->rows); r++)
-        for (int64_t head = 0; head < j->x->cols; head += 2 * j->half)
-            rotate_head(row_of(j->x, r) + head, row_of(j->table, r), j->half);
+    const struct qkv_job *j = ctx;
+    const struct qkv_spec *s = j->spec;
+    const int64_t q_cols = (int64_t)s->heads.n_heads * s->heads.head_dim, kv_cols = j->keys->cols;
+    for (int64_t r = (int64_t)run * RUN; r < run_end(run, j->qkv->rows); r++) {
+        const int64_t token = r % j->n_new;
+        const int64_t slot = r / j->n_new * s->sequences.max_positions + s->sequences.first_position + token;
+        const float *x = row_of(j->qkv, r), *table = row_of(s->rope, token);
+        turn_heads(j, x, s->q_norm, s->heads.n_heads, table, row_of(j->q, r));
+        turn_heads(j, x + q_cols, s->k_norm, s->heads.n_kv_heads, table, row_of(j->keys, slot));
+        memcpy(row_of(j->values, slot), x + q_cols + kv_cols, (size_t)kv_cols * sizeof(float));
+    }
     return 0;
 }
 
-int cpu_rope(const struct backend *b, const struct mat *x, int head_dim, const struct mat *table)
+int cpu_split_qkv(const struct backend *b, const struct qkv_spec *spec, const struct mat *qkv,
+                  const struct mat *q, const struct mat *keys, const struct mat *values)
 {
-    check_f32(x);
-    CHECK(head_dim > 0 && head_dim % 2 == 0 && x->cols % head_dim == 0);
-    CHECK(table->cols == head_dim && table->rows >= x->rows);
-    struct rope_job j = {.x = x, .table = table, .half = head_dim / 2};
-    return parallel_for(cpu_state(b)->pool, n_runs(x->rows), rope_task, &j);
+    const struct heads *h = &spec->heads;
+    const struct sequences *s = &spec->sequences;
+    const int64_t q_cols = (int64_t)h->n_heads * h->head_dim, kv_cols = (int64_t)h->n_kv_heads * h->head_dim;
+    check_f32(qkv);
+    check_f32(q);
+    check_f32(keys);
+    check_f32(values);
+    check_f32(spec->rope);
+    CHECK(h->head_dim > 0 && h->head_dim % 2 == 0 && qkv->rows % s->n == 0);
+    CHECK(qkv->cols == q_cols + 2 * kv_cols && q->cols == q_cols && q->rows == qkv->rows);
+    CHECK(keys->cols == kv_cols && values->cols == kv_cols && keys->rows >= s->n * s->max_positions);
+    CHECK(values->rows == keys->rows && s->first_position + qkv->rows / s->n <= s->max_positions);
+    CHECK(spec->rope->cols == h->head_dim && spec->rope->rows >= qkv->rows / s->n);
+    CHECK(!spec->q_norm || spec->q_norm->cols == h->head_dim);
+    CHECK(!spec->k_norm || spec->k_norm->cols == h->head_dim);
+    int rc = spec->q_norm ? cpu_check_float(spec->q_norm, "split_qkv") : 0;
+    if (!rc && spec->k_norm)
+        rc = cpu_check_float(spec->k_norm, "split_qkv");
+    struct qkv_job j = {spec, qkv, q, keys, values, qkv->rows / s->n};
+    return rc < 0 ? rc : parallel_for(cpu_state(b)->pool, n_runs(qkv->rows), qkv_task, &j);
 }
 
 /* --- activations ------------------------------------------------------------------------------------------------ */

@@ -149,8 +149,10 @@ static int check_qmat(const struct qmat *q, const char *op)
     return 0;
 }
 
-static int find_scales(const struct mat *w, const struct scale_spec *spec, struct qmat *q)
+static int find_scales(const struct backend *b, const struct mat *w, const struct scale_spec *spec,
+                       struct qmat *q)
 {
+    (void)b;
     int rc = cpu_check_float(w, "find_scales");
     if (rc < 0 || (rc = check_qmat(q, "find_scales")) < 0)
         return rc;
@@ -239,8 +241,9 @@ CPU_CLONES static void quantize_row(const struct mat *w, struct qmat *q, int64_t
     }
 }
 
-static int quantize(const struct mat *w, struct qmat *q)
+static int quantize(const struct backend *b, const struct mat *w, struct qmat *q)
 {
+    (void)b;
     int rc = cpu_check_float(w, "quantize");
     if (rc < 0 || (rc = check_qmat(q, "quantize")) < 0)
         return rc;
@@ -309,8 +312,9 @@ void cpu_dequantize_rows(const struct qmat *q, int64_t row, int64_t n, float *ou
         dequantize_row_floats(q, row + r, out + r * q->cols);
 }
 
-static int dequantize(const struct qmat *q, const struct mat *out)
+static int dequantize(const struct backend *b, const struct qmat *q, const struct mat *out)
 {
+    (void)b;
     const int rc = check_qmat(q, "dequantize");
     if (rc < 0)
         return rc;

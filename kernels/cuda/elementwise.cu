@@ -1,0 +1,482 @@
+/* Operations that touch each element once: embedding, norms, rotary positions, the gated activation. They are limited
+ * by memory; each reads its inputs once, several elements an access where rows allow it. */
+#include "kernels/cuda/common.cuh"
+
+enum {
+    THREADS = 256,
+    MAX_PER_THREAD = 32, /* elements of a row that a thread keeps in registers: rows of up to 8192 */
+    MAX_HALF = 256,      /* of a head that is turned */
+};
+
+typedef __nv_bfloat16 bf16;
+
+static int check_dtype(const struct mat *m, enum dtype t, const char *op)
+{
+    return m->dtype == t ? 0
+                         : err_set(ERR_UNSUPPORTED, "%s: dtype %s, expected %s", op, dtype_name(m->dtype),
+                                   dtype_name(t));
+}
+
+/* Whether every row begins at a multiple of `bytes` and holds whole pieces of that size. */
+static bool in_pieces(const struct mat *m, size_t bytes)
+{
+    const size_t each = dtype_bytes(m->dtype);
+    return (uintptr_t)m->data % bytes == 0 && (size_t)m->stride * each % bytes == 0 &&
+           (size_t)m->cols * each % bytes == 0;
+}
+
+/* V consecutive elements as floats, and back. */
+template <typename T, int V> static __device__ __forceinline__ void load(const T *p, float *out)
+{
+    struct alignas(V * sizeof(T)) vec {
+        T e[V];
+    };
+    const struct vec v = *(const struct vec *)p;
+#pragma unroll
+    for (int i = 0; i < V; i++)
+        out[i] = to_float(v.e[i]);
+}
+
+template <typename T, int V> static __device__ __forceinline__ void store(T *p, const float *x)
+{
+    struct alignas(V * sizeof(T)) vec {
+        T e[V];
+    } v;
+#pragma unroll
+    for (int i = 0; i < V; i++)
+        v.e[i] = from_float<T>(x[i]);
+    *(struct vec *)p = v;
+}
+
+/* --- embedding ---------------------------------------------------------------------------------------------------- */
+
+static __global__ void embed_kernel(const void *table, enum dtype dtype, int64_t stride, const int32_t *ids,
+                                    float scale, float *out, int64_t out_stride, int64_t cols)
+{
+    const int64_t row = blockIdx.x, from = ids[row] * stride;
+    for (int64_t c = threadIdx.x; c < cols; c += THREADS)
+        out[row * out_stride + c] = load_as_float(table, dtype, from + c) * scale;
+}
+
+extern "C" int cuda_embed(const struct backend *b, const struct mat *table, const int32_t *ids, float scale,
+                          const struct mat *out)
+{
+    int rc = cuda_check_float(table, "embed");
+    if (!rc)
+        rc = check_dtype(out, DTYPE_F32, "embed");
+    CHECK(out->cols == table->cols);
+    for (int64_t r = 0; r < out->rows; r++)
+        CHECK(ids[r] >= 0 && ids[r] < table->rows);
+    const size_t bytes = (size_t)out->rows * sizeof *ids;
+    if (!rc && bytes > CUDA_SCRATCH_BYTES)
+        rc = err_set(ERR_UNSUPPORTED, "embed: %lld tokens at a time are too many", (long long)out->rows);
+    void *scratch;
+    if (!rc)
+        rc = cuda_scratch(b, &scratch);
+    if (rc < 0 || out->rows == 0)
+        return rc;
+    const cudaStream_t stream = cuda_state(b)->stream;
+    rc = cuda_status(cudaMemcpyAsync(scratch, ids, bytes, cudaMemcpyHostToDevice, stream), "embed");
+    if (rc < 0)
+        return rc;
+    embed_kernel<<<(unsigned)out->rows, THREADS, 0, stream>>>(table->data, table->dtype, table->stride,
+                                                              (const int32_t *)scratch, scale,
+                                                              (float *)out->data, out->stride, out->cols);
+    return cuda_launched("embed");
+}
+
+/* --- RMSNorm ------------------------------------------------------------------------------------------------------ */
+
+struct norm_weight {
+    const void *data; /* NULL: all ones */
+    enum dtype dtype;
+    float offset; /* 1 with unit_offset */
+};
+
+static struct norm_weight norm_weight(const struct mat *w, const struct norm_spec *spec)
+{
+    if (!w)
+        return (struct norm_weight){NULL, DTYPE_F32, 0};
+    return (struct norm_weight){w->data, w->dtype, spec->unit_offset ? 1.0f : 0.0f};
+}
+
+static __device__ __forceinline__ float weight_at(const struct norm_weight &w, int64_t i)
+{
+    return w.data ? w.offset + load_as_float(w.data, w.dtype, i) : 1;
+}
+
+/* A row stands in the block's registers: element (k·THREADS + thread)·V + i in x[k·V + i], 0 beyond its end. */
+template <int V, typename F> static __device__ __forceinline__ void for_row(int64_t cols, F f)
+{
+#pragma unroll
+    for (int k = 0; k < MAX_PER_THREAD / V; k++) {
+        const int64_t c = ((int64_t)k * THREADS + threadIdx.x) * V;
+        if (c < cols)
+            f(k * V, c);
+    }
+}
+
+static __device__ __forceinline__ float inverse_rms(const float *x, float eps, int64_t cols, float *shared)
+{
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < MAX_PER_THREAD; i++)
+        sum += x[i] * x[i];
+    return 1 / sqrtf(block_sum(sum, shared) / (float)cols + eps);
+}
+
+template <typename TX, typename TOUT, int V>
+static __global__ void __launch_bounds__(THREADS)
+    rms_norm_kernel(const TX *x, int64_t x_stride, struct norm_weight w, float eps, TOUT *out,
+                    int64_t out_stride, int64_t cols)
+{
+    __shared__ float shared[THREADS / 32];
+    float v[MAX_PER_THREAD] = {};
+    x += blockIdx.x * x_stride;
+    out += blockIdx.x * out_stride;
+    for_row<V>(cols, [&](int i, int64_t c) { load<TX, V>(x + c, v + i); });
+    const float scale = inverse_rms(v, eps, cols, shared);
+    for_row<V>(cols, [&](int i, int64_t c) {
+        float y[V];
+#pragma unroll
+        for (int j = 0; j < V; j++)
+            y[j] = v[i + j] * (weight_at(w, c + j) * scale);
+        store<TOUT, V>(out + c, y);
+    });
+}
+
+template <int V>
+static __global__ void __launch_bounds__(THREADS)
+    add_norm_kernel(const bf16 *branch, int64_t branch_stride, struct norm_weight branch_w, float *x,
+                    int64_t x_stride, struct norm_weight next_w, float eps, bf16 *out, int64_t out_stride,
+                    int64_t cols)
+{
+    __shared__ float shared[THREADS / 32];
+    float v[MAX_PER_THREAD] = {};
+    branch += blockIdx.x * branch_stride;
+    x += blockIdx.x * x_stride;
+    out += blockIdx.x * out_stride;
+    for_row<V>(cols, [&](int i, int64_t c) { load<bf16, V>(branch + c, v + i); });
+    const float first = inverse_rms(v, eps, cols, shared);
+    for_row<V>(cols, [&](int i, int64_t c) {
+        float y[V];
+        load<float, V>(x + c, y);
+#pragma unroll
+        for (int j = 0; j < V; j++)
+            v[i + j] = y[j] + v[i + j] * (weight_at(branch_w, c + j) * first);
+        store<float, V>(x + c, v + i);
+    });
+    const float second = inverse_rms(v, eps, cols, shared);
+    for_row<V>(cols, [&](int i, int64_t c) {
+        float y[V];
+#pragma unroll
+        for (int j = 0; j < V; j++)
+            y[j] = v[i + j] * (weight_at(next_w, c + j) * second);
+        store<bf16, V>(out + c, y);
+    });
+}
+
+static int check_norm(const struct mat *x, const struct mat *w, const struct mat *out, const char *op)
+{
+    CHECK(out->rows == x->rows && out->cols == x->cols && (!w || w->cols == x->cols));
+    if (x->cols > (int64_t)MAX_PER_THREAD * THREADS)
+        return err_set(ERR_UNSUPPORTED, "%s: rows of %lld, expected at most %d", op, (long long)x->cols,
+                       MAX_PER_THREAD * THREADS);
+    return w ? cuda_check_float(w, op) : 0;
+}
+
+template <typename TX, typename TOUT>
+static void launch_norm(const struct mat *x, const struct norm_weight &w, float eps, const struct mat *out,
+                        cudaStream_t stream)
+{
+    const unsigned rows = (unsigned)x->rows;
+    if (in_pieces(x, 4 * sizeof(TX)) && in_pieces(out, 4 * sizeof(TOUT)))
+        rms_norm_kernel<TX, TOUT, 4><<<rows, THREADS, 0, stream>>>((const TX *)x->data, x->stride, w, eps,
+                                                                   (TOUT *)out->data, out->stride, x->cols);
+    else
+        rms_norm_kernel<TX, TOUT, 1><<<rows, THREADS, 0, stream>>>((const TX *)x->data, x->stride, w, eps,
+                                                                   (TOUT *)out->data, out->stride, x->cols);
+}
+
+extern "C" int cuda_rms_norm(const struct backend *b, const struct mat *x, const struct mat *w,
+                             const struct norm_spec *spec, const struct mat *out)
+{
+    int rc = check_norm(x, w, out, "rms_norm");
+    if (!rc && x->dtype != DTYPE_F32)
+        rc = check_dtype(x, DTYPE_BF16, "rms_norm");
+    if (!rc && out->dtype != DTYPE_F32)
+        rc = check_dtype(out, DTYPE_BF16, "rms_norm");
+    if (rc < 0 || x->rows == 0)
+        return rc;
+    const cudaStream_t stream = cuda_state(b)->stream;
+    const struct norm_weight weight = norm_weight(w, spec);
+    if (x->dtype == DTYPE_F32 && out->dtype == DTYPE_F32)
+        launch_norm<float, float>(x, weight, spec->eps, out, stream);
+    else if (x->dtype == DTYPE_F32)
+        launch_norm<float, bf16>(x, weight, spec->eps, out, stream);
+    else if (out->dtype == DTYPE_F32)
+        launch_norm<bf16, float>(x, weight, spec->eps, out, stream);
+    else
+        launch_norm<bf16, bf16>(x, weight, spec->eps, out, stream);
+    return cuda_launched("rms_norm");
+}
+
+extern "C" int cuda_add_norm(const struct backend *b, const struct mat *branch, const struct mat *branch_norm,
+                             const struct mat *x, const struct mat *next_norm, const struct norm_spec *spec,
+                             const struct mat *out)
+{
+    int rc = check_norm(branch, branch_norm, x, "add_norm");
+    if (!rc)
+        rc = check_norm(x, next_norm, out, "add_norm");
+    if (!rc)
+        rc = check_dtype(branch, DTYPE_BF16, "add_norm");
+    if (!rc)
+        rc = check_dtype(x, DTYPE_F32, "add_norm");
+    if (!rc)
+        rc = check_dtype(out, DTYPE_BF16, "add_norm");
+    if (rc < 0 || x->rows == 0)
+        return rc;
+    const struct norm_weight first = norm_weight(branch_norm, spec), second = norm_weight(next_norm, spec);
+    const bool pieces = in_pieces(branch, 8) && in_pieces(x, 16) && in_pieces(out, 8);
+    (pieces ? add_norm_kernel<4>
+            : add_norm_kernel<1>)<<<(unsigned)x->rows, THREADS, 0, cuda_state(b)->stream>>>(
+        (const bf16 *)branch->data, branch->stride, first, (float *)x->data, x->stride, second, spec->eps,
+        (bf16 *)out->data, out->stride, x->cols);
+    return cuda_launched("add_norm");
+}
+
+/* --- rotary positions --------------------------------------------------------------------------------------------- */
+
+struct frequencies {
+    float inv[MAX_HALF];
+};
+
+static __global__ void rope_table_kernel(struct frequencies f, int64_t first_position, float *table,
+                                         int64_t stride, int half)
+{
+    const int64_t row = blockIdx.x;
+    for (int i = threadIdx.x; i < half; i += blockDim.x) {
+        const float angle = (float)(first_position + row) * f.inv[i];
+        table[row * stride + i] = cosf(angle);
+        table[row * stride + half + i] = sinf(angle);
+    }
+}
+
+extern "C" int cuda_rope_table(const struct backend *b, const float *inv_freq, int64_t first_position,
+                               const struct mat *table)
+{
+    struct frequencies f;
+    const int64_t half = table->cols / 2;
+    CHECK(table->cols % 2 == 0);
+    const int rc = check_dtype(table, DTYPE_F32, "rope_table");
+    if (rc < 0 || table->rows == 0)
+        return rc;
+    if (half > MAX_HALF)
+        return err_set(ERR_UNSUPPORTED, "rope_table: heads of %lld, expected at most %d",
+                       (long long)table->cols, 2 * MAX_HALF);
+    for (int64_t i = 0; i < half; i++)
+        f.inv[i] = inv_freq[i];
+    rope_table_kernel<<<(unsigned)table->rows, 128, 0, cuda_state(b)->stream>>>(
+        f, first_position, (float *)table->data, table->stride, (int)half);
+    return cuda_launched("rope_table");
+}
+
+struct qkv_job {
+    const bf16 *qkv;
+    bf16 *q, *keys, *values;
+    const float *rope;
+    int64_t qkv_stride, q_stride, keys_stride, values_stride, rope_stride;
+    int64_t n_new, first_position, max_positions, n_tasks;
+    int n_heads, n_kv_heads, head_dim;
+    bool q_normed, k_normed;
+    struct norm_weight q_norm, k_norm;
+    float eps;
+};
+
+/* Norm and turn of one head by a warp; lane l holds dimensions l + 32·k of either half. */
+static __device__ __forceinline__ void turn_head(const bf16 *x, bool normed, const struct norm_weight &w,
+                                                 float eps, const float *table, bf16 *out, int half)
+{
+    float u[MAX_HALF / 32] = {}, v[MAX_HALF / 32] = {}, sum = 0;
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int k = 0; k < MAX_HALF / 32; k++) {
+        const int i = lane + 32 * k;
+        if (i >= half)
+            continue;
+        u[k] = to_float(x[i]);
+        v[k] = to_float(x[half + i]);
+        sum += u[k] * u[k] + v[k] * v[k];
+    }
+    const float scale = normed ? 1 / sqrtf(warp_sum(sum) / (float)(2 * half) + eps) : 1;
+#pragma unroll
+    for (int k = 0; k < MAX_HALF / 32; k++) {
+        const int i = lane + 32 * k;
+        if (i >= half)
+            continue;
+        const float a = normed ? u[k] * (weight_at(w, i) * scale) : u[k];
+        const float b = normed ? v[k] * (weight_at(w, half + i) * scale) : v[k];
+        const float c = table[i], s = table[half + i];
+        out[i] = __float2bfloat16_rn(a * c - b * s);
+        out[half + i] = __float2bfloat16_rn(b * c + a * s);
+    }
+}
+
+/* A warp for each head of each token: queries, then keys, then values. */
+static __global__ void split_qkv_kernel(struct qkv_job j)
+{
+    const int64_t task = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    if (task >= j.n_tasks)
+        return;
+    const int n = j.n_heads + 2 * j.n_kv_heads, head = (int)(task % n), half = j.head_dim / 2;
+    const int64_t row = task / n, token = row % j.n_new;
+    const int64_t slot = row / j.n_new * j.max_positions + j.first_position + token;
+    const bf16 *x = j.qkv + row * j.qkv_stride + (int64_t)head * j.head_dim;
+    const float *table = j.rope + token * j.rope_stride;
+    if (head < j.n_heads) {
+        turn_head(x, j.q_normed, j.q_norm, j.eps, table, j.q + row * j.q_stride + head * j.head_dim, half);
+    } else if (head < j.n_heads + j.n_kv_heads) {
+        const int h = head - j.n_heads;
+        turn_head(x, j.k_normed, j.k_norm, j.eps, table, j.keys + slot * j.keys_stride + h * j.head_dim,
+                  half);
+    } else {
+        bf16 *out = j.values + slot * j.values_stride + (head - j.n_heads - j.n_kv_heads) * j.head_dim;
+        for (int i = threadIdx.x % 32; i < j.head_dim; i += 32)
+            out[i] = x[i];
+    }
+}
+
+static int check_qkv(const struct qkv_spec *spec, const struct mat *qkv, const struct mat *q,
+                     const struct mat *keys, const struct mat *values)
+{
+    const struct heads *h = &spec->heads;
+    const struct sequences *s = &spec->sequences;
+    const int64_t q_cols = (int64_t)h->n_heads * h->head_dim, kv_cols = (int64_t)h->n_kv_heads * h->head_dim;
+    CHECK(h->head_dim > 0 && h->head_dim % 2 == 0 && qkv->rows % s->n == 0);
+    CHECK(qkv->cols == q_cols + 2 * kv_cols && q->cols == q_cols && q->rows == qkv->rows);
+    CHECK(keys->cols == kv_cols && values->cols == kv_cols && keys->rows >= s->n * s->max_positions);
+    CHECK(values->rows == keys->rows && s->first_position + qkv->rows / s->n <= s->max_positions);
+    CHECK(spec->rope->cols == h->head_dim && spec->rope->rows >= qkv->rows / s->n);
+    CHECK(!spec->q_norm || spec->q_norm->cols == h->head_dim);
+    CHECK(!spec->k_norm || spec->k_norm->cols == h->head_dim);
+    const struct mat *acts[] = {qkv, q, keys, values};
+    int rc = check_dtype(spec->rope, DTYPE_F32, "split_qkv");
+    for (int i = 0; !rc && i < 4; i++)
+        rc = check_dtype(acts[i], DTYPE_BF16, "split_qkv");
+    if (!rc && spec->q_norm)
+        rc = cuda_check_float(spec->q_norm, "split_qkv");
+    if (!rc && spec->k_norm)
+        rc = cuda_check_float(spec->k_norm, "split_qkv");
+    if (!rc && h->head_dim > 2 * MAX_HALF)
+        rc = err_set(ERR_UNSUPPORTED, "split_qkv: heads of %d, expected at most %d", h->head_dim,
+                     2 * MAX_HALF);
+    return rc;
+}
+
+extern "C" int cuda_split_qkv(const struct backend *b, const struct qkv_spec *spec, const struct mat *qkv,
+                              const struct mat *q, const struct mat *keys, const struct mat *values)
+{
+    const int rc = check_qkv(spec, qkv, q, keys, values);
+    if (rc < 0 || qkv->rows == 0)
+        return rc;
+    enum { WARPS = 8 };
+    const struct heads *h = &spec->heads;
+    struct qkv_job j = {};
+    j.qkv = (const bf16 *)qkv->data;
+    j.q = (bf16 *)q->data;
+    j.keys = (bf16 *)keys->data;
+    j.values = (bf16 *)values->data;
+    j.rope = (const float *)spec->rope->data;
+    j.qkv_stride = qkv->stride;
+    j.q_stride = q->stride;
+    j.keys_stride = keys->stride;
+    j.values_stride = values->stride;
+    j.rope_stride = spec->rope->stride;
+    j.n_new = qkv->rows / spec->sequences.n;
+    j.first_position = spec->sequences.first_position;
+    j.max_positions = spec->sequences.max_positions;
+    j.n_tasks = qkv->rows * (h->n_heads + 2 * h->n_kv_heads);
+    j.n_heads = h->n_heads;
+    j.n_kv_heads = h->n_kv_heads;
+    j.head_dim = h->head_dim;
+    j.q_normed = spec->q_norm != NULL;
+    j.k_normed = spec->k_norm != NULL;
+    j.q_norm = norm_weight(spec->q_norm, &spec->norm);
+    j.k_norm = norm_weight(spec->k_norm, &spec->norm);
+    j.eps = spec->norm.eps;
+    split_qkv_kernel<<<(unsigned)((j.n_tasks + WARPS - 1) / WARPS), 32 * WARPS, 0, cuda_state(b)->stream>>>(
+        j);
+    return cuda_launched("split_qkv");
+}
+
+/* --- activations -------------------------------------------------------------------------------------------------- */
+
+/* z·Φ(z) by tanh: ½·(1 + tanh u) = 1 / (1 + e^−2u). */
+static __device__ __forceinline__ float gelu_tanh(float z)
+{
+    const float sqrt_2_pi = 0.7978845608f;
+    return z / (1 + __expf(-2 * sqrt_2_pi * (z + 0.044715f * z * z * z)));
+}
+
+template <int V>
+static __global__ void geglu_kernel(const bf16 *gate, int64_t gate_stride, const bf16 *up, int64_t up_stride,
+                                    bf16 *out, int64_t out_stride, int64_t cols)
+{
+    const int64_t row = blockIdx.y;
+    for (int64_t c = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * V; c < cols;
+         c += (int64_t)gridDim.x * THREADS * V) {
+        float g[V], u[V];
+        load<bf16, V>(gate + row * gate_stride + c, g);
+        load<bf16, V>(up + row * up_stride + c, u);
+#pragma unroll
+        for (int i = 0; i < V; i++)
+            g[i] = gelu_tanh(g[i]) * u[i];
+        store<bf16, V>(out + row * out_stride + c, g);
+    }
+}
+
+extern "C" int cuda_geglu(const struct backend *b, const struct mat *gate, const struct mat *up,
+                          const struct mat *out)
+{
+    enum { MAX_ROWS = 32768 }; /* of a grid */
+    CHECK(gate->rows == out->rows && up->rows == out->rows && gate->cols == out->cols &&
+          up->cols == out->cols);
+    const struct mat *acts[] = {gate, up, out};
+    int rc = 0;
+    for (int i = 0; !rc && i < 3; i++)
+        rc = check_dtype(acts[i], DTYPE_BF16, "geglu");
+    const bool pieces = in_pieces(gate, 16) && in_pieces(up, 16) && in_pieces(out, 16);
+    const int64_t each = (int64_t)THREADS * (pieces ? 8 : 1),
+                  blocks = (out->cols + each - 1) / each;
+    for (int64_t r = 0; !rc && r < out->rows; r += MAX_ROWS) {
+        const int64_t left = out->rows - r, n = left < MAX_ROWS ? left : (int64_t)MAX_ROWS;
+        (pieces
+             ? geglu_kernel<8>
+             : geglu_kernel<1>)<<<dim3((unsigned)blocks, (unsigned)n), THREADS, 0, cuda_state(b)->stream>>>(
+            (const bf16 *)gate->data + r * gate->stride, gate->stride,
+            (const bf16 *)up->data + r * up->stride, up->stride, (bf16 *)out->data + r * out->stride,
+            out->stride, out->cols);
+        rc = cuda_launched("geglu");
+    }
+    return rc;
+}
+
+static __global__ void softcap_kernel(float *x, int64_t rows, int64_t cols, int64_t stride, float cap)
+{
+    const int64_t n = rows * cols, step = (int64_t)gridDim.x * THREADS;
+    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < n; i += step) {
+        float *e = x + i / cols * stride + i % cols;
+        *e = cap * tanhf(*e / cap);
+    }
+}
+
+extern "C" int cuda_softcap(const struct backend *b, const struct mat *x, float cap)
+{
+    const int rc = check_dtype(x, DTYPE_F32, "softcap");
+    const int64_t blocks = (x->rows * x->cols + THREADS - 1) / THREADS;
+    if (rc < 0 || blocks == 0)
+        return rc;
+    softcap_kernel<<<(unsigned)(blocks < 65536 ? blocks : 65536), THREADS, 0, cuda_state(b)->stream>>>(
+        (float *)x->data, x->rows, x->cols, x->stride, cap);
+    return cuda_launched("softcap");
+}
