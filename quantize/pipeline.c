@@ -59,6 +59,7 @@ struct pipeline {
     bool on_host;                                        /* the kernels work on host memory */
     /* while running */
     struct worker *workers;
+    const struct backend *backend;
     const struct pipeline_events *events;
     pthread_mutex_t lock;
 };
@@ -545,6 +546,30 @@ static struct item *find_item(struct pipeline *p, size_t task)
     return &p->items[low];
 }
 
+/* By each worker for itself, with its first task: pinning memory takes a while, in which others can read. */
+static int open_worker(const struct pipeline *p, struct worker *w)
+{
+    const struct backend *b = p->backend;
+    int rc = backend_open_beside(&w->backend, b);
+    if (!rc)
+        rc = backend_open(&w->host, "cpu", 1);
+    const struct {
+        struct staged_buf *place;
+        size_t bytes;
+        const char *what;
+    } needs[] = {{&w->source, p->source_run, "rows of a tensor"},
+                 {&w->packed, p->packed_run, "codes"},
+                 {&w->scales, 2 * p->scale_run, "scales"},
+                 {&w->zeros, p->scale_run, "zero points"},
+                 {&w->stats, sizeof(struct block_stats), "weight errors"}};
+    for (size_t i = 0; !rc && i < sizeof needs / sizeof *needs; i++)
+        if (needs[i].bytes)
+            rc = b->core->acquire_staging(&w->backend, needs[i].bytes, needs[i].what, needs[i].place);
+    return rc || !p->block_run
+               ? rc
+               : b->core->acquire(&w->backend, p->block_run, "dequantized rows", &w->restored);
+}
+
 static int run_task(void *arg, size_t task, int worker)
 {
     struct pipeline *p = arg;
@@ -553,8 +578,10 @@ static int run_task(void *arg, size_t task, int worker)
     const size_t part = task - it->first_task;
     const int64_t rows = tensor_rows(it->source), row = (int64_t)part * it->task_rows;
     const int64_t end = rows - row < it->task_rows ? rows : row + it->task_rows;
+    int rc = w->backend.state ? 0 : open_worker(p, w);
     pthread_mutex_lock(&p->lock);
-    int rc = it->source_pieces ? 0 : begin_item(it);
+    if (!rc && !it->source_pieces)
+        rc = begin_item(it);
     pthread_mutex_unlock(&p->lock);
     if (!rc)
         rc = it->linear ? quantize_rows(p, it, w, row, end, it->squares + 2 * part)
@@ -578,30 +605,10 @@ static int run_task(void *arg, size_t task, int worker)
     return rc;
 }
 
-static int open_worker(const struct pipeline *p, struct worker *w, const struct backend *b)
-{
-    int rc = backend_open_beside(&w->backend, b);
-    if (!rc)
-        rc = backend_open(&w->host, "cpu", 1);
-    const struct {
-        struct staged_buf *place;
-        size_t bytes;
-        const char *what;
-    } needs[] = {{&w->source, p->source_run, "rows of a tensor"},
-                 {&w->packed, p->packed_run, "codes"},
-                 {&w->scales, 2 * p->scale_run, "scales"},
-                 {&w->zeros, p->scale_run, "zero points"},
-                 {&w->stats, sizeof(struct block_stats), "weight errors"}};
-    for (size_t i = 0; !rc && i < sizeof needs / sizeof *needs; i++)
-        if (needs[i].bytes)
-            rc = b->core->acquire_staging(&w->backend, needs[i].bytes, needs[i].what, needs[i].place);
-    return rc || !p->block_run
-               ? rc
-               : b->core->acquire(&w->backend, p->block_run, "dequantized rows", &w->restored);
-}
-
 static void close_worker(struct worker *w)
 {
+    if (!w->backend.state)
+        return;
     struct staged_buf *const pieces[] = {&w->source, &w->packed, &w->scales, &w->zeros, &w->stats};
     for (size_t i = 0; i < sizeof pieces / sizeof *pieces; i++)
         if (pieces[i]->host)
@@ -618,9 +625,8 @@ int pipeline_run(struct pipeline *p, struct parallel *pool, const struct backend
     const size_t n_workers = (size_t)parallel_workers(pool);
     p->events = events;
     p->workers = mem_alloc(n_workers, sizeof *p->workers, "workers");
+    p->backend = b;
     int rc = p->workers ? 0 : ERR_MEMORY;
-    for (size_t i = 0; !rc && i < n_workers; i++)
-        rc = open_worker(p, &p->workers[i], b);
     if (!rc)
         rc = parallel_for(pool, p->n_tasks, run_task, p);
     /* tensors without a single element have no task, but a hash all the same */

@@ -28,3 +28,7 @@ need_packages() {
 }
 
 build_packages=(gcc libc6-dev make cmake pkg-config libcjson-dev libxxhash-dev libopenblas-pthread-dev)
+
+# nvcc's path, or nothing; and whether there is an NVIDIA GPU to run on.
+find_nvcc() { command -v nvcc || { [ -x /usr/local/cuda/bin/nvcc ] && echo /usr/local/cuda/bin/nvcc; } || true; }
+has_gpu() { [ -e /dev/nvidiactl ]; }

@@ -100,9 +100,31 @@ static struct norm_weight norm_weight(const struct mat *w, const struct norm_spe
     return (struct norm_weight){w->data, w->dtype, spec->unit_offset ? 1.0f : 0.0f};
 }
 
-static __device__ __forceinline__ float weight_at(const struct norm_weight &w, int64_t i)
+/* V consecutive weights, the offset added; they begin at a whole piece of V elements. */
+template <int V>
+static __device__ __forceinline__ void load_weight(const struct norm_weight &w, int64_t i, float *out)
 {
-    return w.data ? w.offset + load_as_float(w.data, w.dtype, i) : 1;
+    if (!w.data) {
+#pragma unroll
+        for (int k = 0; k < V; k++)
+            out[k] = 1;
+        return;
+    }
+    if (w.dtype == DTYPE_BF16)
+        load<bf16, V>((const bf16 *)w.data + i, out);
+    else if (w.dtype == DTYPE_F16)
+        load<__half, V>((const __half *)w.data + i, out);
+    else
+        load<float, V>((const float *)w.data + i, out);
+#pragma unroll
+    for (int k = 0; k < V; k++)
+        out[k] += w.offset;
+}
+
+/* Whether a weight may be read four elements at a time. */
+static bool weight_in_pieces(const struct mat *w)
+{
+    return !w || (uintptr_t)w->data % 16 == 0;
 }
 
 /* A row stands in the block's registers: element (k·THREADS + thread)·V + i in x[k·V + i], 0 beyond its end. */
@@ -138,9 +160,10 @@ static __global__ void __launch_bounds__(THREADS)
     const float scale = inverse_rms(v, eps, cols, shared);
     for_row<V>(cols, [&](int i, int64_t c) {
         float y[V];
+        load_weight<V>(w, c, y);
 #pragma unroll
         for (int j = 0; j < V; j++)
-            y[j] = v[i + j] * (weight_at(w, c + j) * scale);
+            y[j] = v[i + j] * (y[j] * scale);
         store<TOUT, V>(out + c, y);
     });
 }
@@ -159,19 +182,21 @@ static __global__ void __launch_bounds__(THREADS)
     for_row<V>(cols, [&](int i, int64_t c) { load<bf16, V>(branch + c, v + i); });
     const float first = inverse_rms(v, eps, cols, shared);
     for_row<V>(cols, [&](int i, int64_t c) {
-        float y[V];
+        float y[V], weight[V];
         load<float, V>(x + c, y);
+        load_weight<V>(branch_w, c, weight);
 #pragma unroll
         for (int j = 0; j < V; j++)
-            v[i + j] = y[j] + v[i + j] * (weight_at(branch_w, c + j) * first);
+            v[i + j] = y[j] + v[i + j] * (weight[j] * first);
         store<float, V>(x + c, v + i);
     });
     const float second = inverse_rms(v, eps, cols, shared);
     for_row<V>(cols, [&](int i, int64_t c) {
         float y[V];
+        load_weight<V>(next_w, c, y);
 #pragma unroll
         for (int j = 0; j < V; j++)
-            y[j] = v[i + j] * (weight_at(next_w, c + j) * second);
+            y[j] = v[i + j] * (y[j] * second);
         store<bf16, V>(out + c, y);
     });
 }
@@ -186,11 +211,11 @@ static int check_norm(const struct mat *x, const struct mat *w, const struct mat
 }
 
 template <typename TX, typename TOUT>
-static void launch_norm(const struct mat *x, const struct norm_weight &w, float eps, const struct mat *out,
-                        cudaStream_t stream)
+static void launch_norm(const struct mat *x, const struct norm_weight &w, bool pieces, float eps,
+                        const struct mat *out, cudaStream_t stream)
 {
     const unsigned rows = (unsigned)x->rows;
-    if (in_pieces(x, 4 * sizeof(TX)) && in_pieces(out, 4 * sizeof(TOUT)))
+    if (pieces && in_pieces(x, 4 * sizeof(TX)) && in_pieces(out, 4 * sizeof(TOUT)))
         rms_norm_kernel<TX, TOUT, 4><<<rows, THREADS, 0, stream>>>((const TX *)x->data, x->stride, w, eps,
                                                                    (TOUT *)out->data, out->stride, x->cols);
     else
@@ -211,13 +236,13 @@ extern "C" int cuda_rms_norm(const struct backend *b, const struct mat *x, const
     const cudaStream_t stream = cuda_state(b)->stream;
     const struct norm_weight weight = norm_weight(w, spec);
     if (x->dtype == DTYPE_F32 && out->dtype == DTYPE_F32)
-        launch_norm<float, float>(x, weight, spec->eps, out, stream);
+        launch_norm<float, float>(x, weight, weight_in_pieces(w), spec->eps, out, stream);
     else if (x->dtype == DTYPE_F32)
-        launch_norm<float, bf16>(x, weight, spec->eps, out, stream);
+        launch_norm<float, bf16>(x, weight, weight_in_pieces(w), spec->eps, out, stream);
     else if (out->dtype == DTYPE_F32)
-        launch_norm<bf16, float>(x, weight, spec->eps, out, stream);
+        launch_norm<bf16, float>(x, weight, weight_in_pieces(w), spec->eps, out, stream);
     else
-        launch_norm<bf16, bf16>(x, weight, spec->eps, out, stream);
+        launch_norm<bf16, bf16>(x, weight, weight_in_pieces(w), spec->eps, out, stream);
     return cuda_launched("rms_norm");
 }
 
@@ -237,7 +262,8 @@ extern "C" int cuda_add_norm(const struct backend *b, const struct mat *branch, 
     if (rc < 0 || x->rows == 0)
         return rc;
     const struct norm_weight first = norm_weight(branch_norm, spec), second = norm_weight(next_norm, spec);
-    const bool pieces = in_pieces(branch, 8) && in_pieces(x, 16) && in_pieces(out, 8);
+    const bool pieces = in_pieces(branch, 8) && in_pieces(x, 16) && in_pieces(out, 8) &&
+                        weight_in_pieces(branch_norm) && weight_in_pieces(next_norm);
     (pieces ? add_norm_kernel<4>
             : add_norm_kernel<1>)<<<(unsigned)x->rows, THREADS, 0, cuda_state(b)->stream>>>(
         (const bf16 *)branch->data, branch->stride, first, (float *)x->data, x->stride, second, spec->eps,
@@ -293,37 +319,50 @@ struct qkv_job {
     float eps;
 };
 
-/* Norm and turn of one head by a warp; lane l holds dimensions l + 32·k of either half. */
+/* Norm and turn of one head by a warp; lane l holds dimensions (l + 32·k)·V … of either half. */
+template <int V>
 static __device__ __forceinline__ void turn_head(const bf16 *x, bool normed, const struct norm_weight &w,
                                                  float eps, const float *table, bf16 *out, int half)
 {
-    float u[MAX_HALF / 32] = {}, v[MAX_HALF / 32] = {}, sum = 0;
+    constexpr int STEPS = MAX_HALF / 32 / V;
+    float u[STEPS][V] = {}, v[STEPS][V] = {}, sum = 0;
     const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int k = 0; k < MAX_HALF / 32; k++) {
-        const int i = lane + 32 * k;
+    for (int k = 0; k < STEPS; k++) {
+        const int i = (lane + 32 * k) * V;
         if (i >= half)
             continue;
-        u[k] = to_float(x[i]);
-        v[k] = to_float(x[half + i]);
-        sum += u[k] * u[k] + v[k] * v[k];
+        load<bf16, V>(x + i, u[k]);
+        load<bf16, V>(x + half + i, v[k]);
+#pragma unroll
+        for (int e = 0; e < V; e++)
+            sum += u[k][e] * u[k][e] + v[k][e] * v[k][e];
     }
     const float scale = normed ? 1 / sqrtf(warp_sum(sum) / (float)(2 * half) + eps) : 1;
 #pragma unroll
-    for (int k = 0; k < MAX_HALF / 32; k++) {
-        const int i = lane + 32 * k;
+    for (int k = 0; k < STEPS; k++) {
+        const int i = (lane + 32 * k) * V;
         if (i >= half)
             continue;
-        const float a = normed ? u[k] * (weight_at(w, i) * scale) : u[k];
-        const float b = normed ? v[k] * (weight_at(w, half + i) * scale) : v[k];
-        const float c = table[i], s = table[half + i];
-        out[i] = __float2bfloat16_rn(a * c - b * s);
-        out[half + i] = __float2bfloat16_rn(b * c + a * s);
+        float c[V], s[V], low[V], high[V];
+        load_weight<V>(w, i, low);
+        load_weight<V>(w, half + i, high);
+        load<float, V>(table + i, c);
+        load<float, V>(table + half + i, s);
+#pragma unroll
+        for (int e = 0; e < V; e++) {
+            const float a = normed ? u[k][e] * (low[e] * scale) : u[k][e];
+            const float b = normed ? v[k][e] * (high[e] * scale) : v[k][e];
+            u[k][e] = a * c[e] - b * s[e];
+            v[k][e] = b * c[e] + a * s[e];
+        }
+        store<bf16, V>(out + i, u[k]);
+        store<bf16, V>(out + half + i, v[k]);
     }
 }
 
 /* A warp for each head of each token: queries, then keys, then values. */
-static __global__ void split_qkv_kernel(struct qkv_job j)
+template <int V> static __global__ void split_qkv_kernel(struct qkv_job j)
 {
     const int64_t task = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     if (task >= j.n_tasks)
@@ -334,15 +373,18 @@ static __global__ void split_qkv_kernel(struct qkv_job j)
     const bf16 *x = j.qkv + row * j.qkv_stride + (int64_t)head * j.head_dim;
     const float *table = j.rope + token * j.rope_stride;
     if (head < j.n_heads) {
-        turn_head(x, j.q_normed, j.q_norm, j.eps, table, j.q + row * j.q_stride + head * j.head_dim, half);
+        turn_head<V>(x, j.q_normed, j.q_norm, j.eps, table, j.q + row * j.q_stride + head * j.head_dim, half);
     } else if (head < j.n_heads + j.n_kv_heads) {
         const int h = head - j.n_heads;
-        turn_head(x, j.k_normed, j.k_norm, j.eps, table, j.keys + slot * j.keys_stride + h * j.head_dim,
-                  half);
+        turn_head<V>(x, j.k_normed, j.k_norm, j.eps, table, j.keys + slot * j.keys_stride + h * j.head_dim,
+                     half);
     } else {
         bf16 *out = j.values + slot * j.values_stride + (head - j.n_heads - j.n_kv_heads) * j.head_dim;
-        for (int i = threadIdx.x % 32; i < j.head_dim; i += 32)
-            out[i] = x[i];
+        for (int i = threadIdx.x % 32 * V; i < j.head_dim; i += 32 * V) {
+            float e[V];
+            load<bf16, V>(x + i, e);
+            store<bf16, V>(out + i, e);
+        }
     }
 }
 
@@ -404,8 +446,14 @@ extern "C" int cuda_split_qkv(const struct backend *b, const struct qkv_spec *sp
     j.q_norm = norm_weight(spec->q_norm, &spec->norm);
     j.k_norm = norm_weight(spec->k_norm, &spec->norm);
     j.eps = spec->norm.eps;
-    split_qkv_kernel<<<(unsigned)((j.n_tasks + WARPS - 1) / WARPS), 32 * WARPS, 0, cuda_state(b)->stream>>>(
-        j);
+    /* four elements an access where every head and row is a whole number of them */
+    const bool pieces = h->head_dim % 8 == 0 && in_pieces(qkv, 8) && in_pieces(q, 8) && in_pieces(keys, 8) &&
+                        in_pieces(values, 8) && in_pieces(spec->rope, 16) && weight_in_pieces(spec->q_norm) &&
+                        weight_in_pieces(spec->k_norm);
+    (pieces
+         ? split_qkv_kernel<4>
+         : split_qkv_kernel<
+               1>)<<<(unsigned)((j.n_tasks + WARPS - 1) / WARPS), 32 * WARPS, 0, cuda_state(b)->stream>>>(j);
     return cuda_launched("split_qkv");
 }
 
@@ -446,8 +494,7 @@ extern "C" int cuda_geglu(const struct backend *b, const struct mat *gate, const
     for (int i = 0; !rc && i < 3; i++)
         rc = check_dtype(acts[i], DTYPE_BF16, "geglu");
     const bool pieces = in_pieces(gate, 16) && in_pieces(up, 16) && in_pieces(out, 16);
-    const int64_t each = (int64_t)THREADS * (pieces ? 8 : 1),
-                  blocks = (out->cols + each - 1) / each;
+    const int64_t each = (int64_t)THREADS * (pieces ? 8 : 1), blocks = (out->cols + each - 1) / each;
     for (int64_t r = 0; !rc && r < out->rows; r += MAX_ROWS) {
         const int64_t left = out->rows - r, n = left < MAX_ROWS ? left : (int64_t)MAX_ROWS;
         (pieces

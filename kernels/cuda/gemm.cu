@@ -1,5 +1,6 @@
-/* out = x·wᵀ in BF16 with FP32 accumulation, by cuBLASLt. Weights that are not BF16 become it in scratch memory, a panel
- * of rows at a time; 4- and 8-bit weights and few rows of x (decode) are multiplied straight from their codes. */
+/* out = x·wᵀ in BF16 with FP32 accumulation. Many rows of x: cuBLASLt; weights that are not BF16 become it in scratch
+ * memory, a panel of rows at a time. Few rows (decode): the weight, BF16 or in codes, is streamed once by a kernel of
+ * ours, because cuBLASLt's algorithms that add in a fixed order reach a quarter of the memory's rate there. */
 #include "kernels/cuda/common.cuh"
 
 extern "C" {
@@ -14,7 +15,8 @@ typedef __nv_bfloat16 bf16;
 
 enum {
     THREADS = 256,
-    FEW_ROWS = 8, /* up to this many rows of x are multiplied by streaming codes */
+    FEW_ROWS = 8,      /* up to this many rows of x are multiplied by streaming codes, … */
+    FEW_ROWS_BF16 = 4, /* … this many by streaming a BF16 weight */
     MAX_PLANS = 256,
 };
 
@@ -262,37 +264,16 @@ static int multiply_panels(const struct backend *b, const struct mat *x, const s
     return rc;
 }
 
-static int check_product(const struct mat *x, const struct mat *out, int64_t rows, int64_t cols)
-{
-    CHECK(x->rows == out->rows && x->cols == cols && out->cols == rows);
-    if (x->dtype != DTYPE_BF16)
-        return err_set(ERR_UNSUPPORTED, "gemm: activations are %s, expected BF16", dtype_name(x->dtype));
-    if (out->dtype != DTYPE_BF16 && out->dtype != DTYPE_F32)
-        return err_set(ERR_UNSUPPORTED, "gemm: to %s, expected BF16 or F32", dtype_name(out->dtype));
-    return 0;
-}
-
-extern "C" int cuda_gemm(const struct backend *b, const struct mat *x, const struct mat *w,
-                         const struct mat *out)
-{
-    int rc = cuda_check_float(w, "gemm");
-    if (!rc)
-        rc = check_product(x, out, w->rows, w->cols);
-    if (rc < 0 || x->rows == 0)
-        return rc;
-    return w->dtype == DTYPE_BF16 ? multiply(b, x, w, out) : multiply_panels(b, x, w, NULL, out);
-}
-
-/* --- few rows, straight from the codes ---------------------------------------------------------------------------- */
+/* --- few rows ----------------------------------------------------------------------------------------------------- */
 
 struct stream_job {
-    const bf16 *x;
+    const bf16 *x, *w; /* w: a BF16 weight, instead of codes */
     const uint32_t *packed;
     const uint16_t *scales;
     const int8_t *zeros;
     void *out;
-    int64_t x_stride, packed_stride, scales_stride, zeros_stride, out_stride;
-    int64_t rows, words, group;
+    int64_t x_stride, w_stride, packed_stride, scales_stride, zeros_stride, out_stride;
+    int64_t rows, pieces, group;
     bool out_f32;
 };
 
@@ -308,24 +289,29 @@ static __device__ __forceinline__ void load_eight(const bf16 *p, float *out)
     }
 }
 
-/* The eight weights of columns [8·i, 8·i + 8) of a row, each rounded to BF16 as every reader of the format has them. */
+/* The eight weights of columns [8·i, 8·i + 8) of a row; those in codes each rounded to BF16, as every reader of the format
+ * has them. BITS = 16: a BF16 weight. */
 template <int BITS>
 static __device__ __forceinline__ void decode_eight(const struct stream_job &j, int64_t row, int64_t i,
                                                     float *out)
 {
-    const int64_t g = 8 * i / j.group;
-    const float scale = __uint_as_float((uint32_t)j.scales[row * j.scales_stride + g] << 16);
-    const float offset = (1 << (BITS - 1)) + (j.zeros ? (float)j.zeros[row * j.zeros_stride + g] : 0);
-    const uint32_t *p = j.packed + row * j.packed_stride + i * (BITS / 4);
-    const uint32_t words[2] = {p[0], BITS == 8 ? p[BITS / 8] : 0};
+    if constexpr (BITS == 16) {
+        load_eight(j.w + row * j.w_stride + 8 * i, out);
+    } else {
+        const int64_t g = 8 * i / j.group;
+        const float scale = __uint_as_float((uint32_t)j.scales[row * j.scales_stride + g] << 16);
+        const float offset = (1 << (BITS - 1)) + (j.zeros ? (float)j.zeros[row * j.zeros_stride + g] : 0);
+        const uint32_t *p = j.packed + row * j.packed_stride + i * (BITS / 4);
+        const uint32_t words[2] = {p[0], BITS == 8 ? p[BITS / 8] : 0};
 #pragma unroll
-    for (int k = 0; k < 8; k++) {
-        const uint32_t code = words[k * BITS / 32] >> k * BITS % 32 & ((1u << BITS) - 1);
-        out[k] = to_float(__float2bfloat16_rn(((float)code - offset) * scale));
+        for (int k = 0; k < 8; k++) {
+            const uint32_t code = words[k * BITS / 32] >> k * BITS % 32 & ((1u << BITS) - 1);
+            out[k] = to_float(__float2bfloat16_rn(((float)code - offset) * scale));
+        }
     }
 }
 
-/* A warp for each row of the weight; N rows of x at once. words: groups of eight columns. */
+/* A warp for each row of the weight; N rows of x at once. pieces: of eight columns. */
 template <int BITS, int N>
 static __global__ void __launch_bounds__(THREADS) stream_kernel(struct stream_job j)
 {
@@ -333,8 +319,8 @@ static __global__ void __launch_bounds__(THREADS) stream_kernel(struct stream_jo
     if (row >= j.rows)
         return;
     float sum[N] = {};
-#pragma unroll 2
-    for (int64_t i = threadIdx.x % 32; i < j.words; i += 32) {
+#pragma unroll 4
+    for (int64_t i = threadIdx.x % 32; i < j.pieces; i += 32) {
         float w[8], x[8];
         decode_eight<BITS>(j, row, i, w);
 #pragma unroll
@@ -365,11 +351,66 @@ template <int BITS> static void launch_stream(const struct stream_job &j, int64_
     kernels[n - 1]<<<(unsigned)((j.rows + THREADS / 32 - 1) / (THREADS / 32)), THREADS, 0, stream>>>(j);
 }
 
-/* Rows of x in whole, aligned pieces of 16 bytes, and groups that such a piece does not straddle. */
-static bool can_stream(const struct mat *x, const struct qmat *q)
+/* Whether every row is a whole number of pieces of eight 16-bit elements, and aligned to them. */
+static bool rows_in_pieces(const struct mat *m)
 {
-    return x->rows <= FEW_ROWS && x->cols % 8 == 0 && x->stride % 8 == 0 && (uintptr_t)x->data % 16 == 0 &&
-           (q->group % 8 == 0 || q->group >= q->cols);
+    return m->cols % 8 == 0 && m->stride % 8 == 0 && (uintptr_t)m->data % 16 == 0;
+}
+
+/* w: BF16; or NULL, and q. */
+static int stream(const struct backend *b, const struct mat *x, const struct mat *w, const struct qmat *q,
+                  const struct mat *out)
+{
+    struct stream_job j = {};
+    j.x = (const bf16 *)x->data;
+    j.x_stride = x->stride;
+    j.out = out->data;
+    j.out_stride = out->stride;
+    j.out_f32 = out->dtype == DTYPE_F32;
+    j.rows = out->cols;
+    j.pieces = x->cols / 8;
+    if (w) {
+        j.w = (const bf16 *)w->data;
+        j.w_stride = w->stride;
+    } else {
+        j.packed = (const uint32_t *)q->packed.data;
+        j.packed_stride = q->packed.stride;
+        j.scales = (const uint16_t *)q->scales.data;
+        j.scales_stride = q->scales.stride;
+        j.zeros = (const int8_t *)q->zeros.data;
+        j.zeros_stride = q->zeros.stride;
+        j.group = q->group;
+    }
+    (w              ? launch_stream<16>
+     : q->bits == 4 ? launch_stream<4>
+                    : launch_stream<8>)(j, x->rows, cuda_state(b)->stream);
+    return cuda_launched(w ? "gemm" : "q_gemm");
+}
+
+/* --- the operations ----------------------------------------------------------------------------------------------- */
+
+static int check_product(const struct mat *x, const struct mat *out, int64_t rows, int64_t cols)
+{
+    CHECK(x->rows == out->rows && x->cols == cols && out->cols == rows);
+    if (x->dtype != DTYPE_BF16)
+        return err_set(ERR_UNSUPPORTED, "gemm: activations are %s, expected BF16", dtype_name(x->dtype));
+    if (out->dtype != DTYPE_BF16 && out->dtype != DTYPE_F32)
+        return err_set(ERR_UNSUPPORTED, "gemm: to %s, expected BF16 or F32", dtype_name(out->dtype));
+    return 0;
+}
+
+extern "C" int cuda_gemm(const struct backend *b, const struct mat *x, const struct mat *w,
+                         const struct mat *out)
+{
+    int rc = cuda_check_float(w, "gemm");
+    if (!rc)
+        rc = check_product(x, out, w->rows, w->cols);
+    if (rc < 0 || x->rows == 0)
+        return rc;
+    if (w->dtype != DTYPE_BF16)
+        return multiply_panels(b, x, w, NULL, out);
+    return x->rows <= FEW_ROWS_BF16 && rows_in_pieces(x) && rows_in_pieces(w) ? stream(b, x, w, NULL, out)
+                                                                              : multiply(b, x, w, out);
 }
 
 extern "C" int cuda_q_gemm(const struct backend *b, const struct mat *x, const struct qmat *w,
@@ -380,22 +421,7 @@ extern "C" int cuda_q_gemm(const struct backend *b, const struct mat *x, const s
     const int rc = check_product(x, out, w->packed.rows, w->cols);
     if (rc < 0 || x->rows == 0)
         return rc;
-    if (!can_stream(x, w))
-        return multiply_panels(b, x, NULL, w, out);
-    const struct stream_job j = {(const bf16 *)x->data,
-                                 (const uint32_t *)w->packed.data,
-                                 (const uint16_t *)w->scales.data,
-                                 (const int8_t *)w->zeros.data,
-                                 out->data,
-                                 x->stride,
-                                 w->packed.stride,
-                                 w->scales.stride,
-                                 w->zeros.stride,
-                                 out->stride,
-                                 w->packed.rows,
-                                 x->cols / 8,
-                                 w->group,
-                                 out->dtype == DTYPE_F32};
-    (w->bits == 4 ? launch_stream<4> : launch_stream<8>)(j, x->rows, cuda_state(b)->stream);
-    return cuda_launched("q_gemm");
+    /* a group must not begin inside a piece */
+    const bool few = x->rows <= FEW_ROWS && rows_in_pieces(x) && (w->group % 8 == 0 || w->group >= w->cols);
+    return few ? stream(b, x, NULL, w, out) : multiply_panels(b, x, NULL, w, out);
 }
