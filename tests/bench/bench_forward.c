@@ -116,7 +116,7 @@ static double prefill_seconds(struct forward *f, const int32_t *ids, int64_t tok
     double best = 1e30;
     for (int i = 0; i < ROUNDS; i++) {
         struct mat hidden;
-        forward_reset(f);
+        forward_begin(f, 1);
         const double start = clock_seconds();
         CHECK(forward_run(f, ids, tokens, &hidden) == 0);
         const double seconds = clock_seconds() - start;
@@ -151,7 +151,7 @@ int main(int argc, char **argv)
     struct parallel *pool;
     if (argc < 2 || model_open(&m, argv[1]) < 0 || model_bind(&m, NULL, NULL) < 0 ||
         backend_open(&b, "cpu", 0) < 0 || weights_load(&w, &m, &b) < 0 ||
-        forward_open(&f, &w, tokens + ROUNDS * DECODE_TOKENS, tokens) < 0 || parallel_open(&pool, 0) < 0) {
+        forward_open(&f, &w, &(struct forward_size){1, tokens + ROUNDS * DECODE_TOKENS, tokens}) < 0 || parallel_open(&pool, 0) < 0) {
         fprintf(stderr, "bench_forward: %s\n", argc < 2 ? "MODEL is missing" : err_message());
         return 3;
     }

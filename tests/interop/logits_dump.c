@@ -55,9 +55,7 @@ static int compute_logits(struct dump *d, const struct mat *hidden, int64_t row,
 {
     const int64_t vocab = d->w->embedding.rows;
     const struct backend *b = d->w->backend;
-    struct mat part = *hidden;
-    part.data = (float *)hidden->data + row * hidden->stride;
-    part.rows = n;
+    const struct mat part = mat_rows(hidden, row, n);
     const int rc = forward_logits(d->w, &part, &(struct mat){d->logits.ptr, DTYPE_F32, n, vocab, vocab});
     return rc ? rc : b->core->download(b, d->host, d->logits.ptr, (size_t)(n * vocab) * sizeof(float));
 }
@@ -110,8 +108,10 @@ static int run(const struct weights *w, const char *path, int64_t n_greedy)
         rc = ERR_MEMORY;
     if (!rc)
         rc = w->backend->core->acquire(w->backend, count * sizeof(float), "logits", &d.logits);
+    const struct forward_size size = {1, (int64_t)ids.n + n_greedy,
+                                      ids.n < RUN_ROWS ? (int64_t)ids.n : RUN_ROWS};
     if (!rc)
-        rc = forward_open(&d.f, w, (int64_t)ids.n + n_greedy, ids.n < RUN_ROWS ? (int64_t)ids.n : RUN_ROWS);
+        rc = forward_open(&d.f, w, &size);
     if (!rc)
         rc = dump_all(&d, &ids, &hidden);
     if (!rc)

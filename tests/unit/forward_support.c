@@ -25,7 +25,7 @@ int close_backends(void **state)
 
 /* --- matrices --------------------------------------------------------------------------------------------------- */
 
-static void *owned[32];
+static void *owned[256];
 static size_t n_owned;
 
 void *room(size_t n, size_t size)
@@ -86,6 +86,35 @@ void copy(const struct mat *from, const struct mat *to)
     for (int64_t r = 0; r < from->rows; r++)
         memcpy((float *)to->data + r * to->stride, (const float *)from->data + r * from->stride,
                (size_t)from->cols * sizeof(float));
+}
+
+struct qmat make_packed(const struct q_kind *kind, int64_t n, int64_t cols)
+{
+    static uint64_t seed = 2;
+    const int64_t group = kind->group ? kind->group : cols, groups = (cols + group - 1) / group;
+    const int64_t words = (cols * kind->bits + 31) / 32, used = cols * kind->bits % 32;
+    struct qmat q = {.packed = {NULL, DTYPE_I32, n, words, words + SLACK},
+                     .scales = make(DTYPE_BF16, n, groups),
+                     .zeros = {NULL, DTYPE_I8, n, groups, groups + SLACK},
+                     .bits = kind->bits,
+                     .group = group,
+                     .cols = cols};
+    uint32_t *packed = q.packed.data = room((size_t)(n * q.packed.stride), sizeof *packed);
+    int8_t *zeros = room((size_t)(n * q.zeros.stride), 1);
+    if (kind->asymmetric)
+        q.zeros.data = zeros;
+    for (int64_t i = 0; i < n * q.packed.stride; i++)
+        packed[i] = (uint32_t)support_random(&seed);
+    for (int64_t r = 0; used && r < n; r++)
+        packed[r * q.packed.stride + words - 1] &= (1u << used) - 1;
+    for (int64_t i = 0; i < n * q.zeros.stride; i++)
+        zeros[i] = (int8_t)((int)(support_random(&seed) % (1u << kind->bits)) - (1 << (kind->bits - 1)));
+    for (int64_t r = 0; r < n; r++)
+        for (int64_t g = 0; g < groups; g++) {
+            const double u = support_uniform(&seed);
+            put(&q.scales, r, g, copysign(0.01 + 0.1 * fabs(u), u));
+        }
+    return q;
 }
 
 /* --- comparing -------------------------------------------------------------------------------------------------- */
@@ -151,6 +180,25 @@ void run_everywhere(case_fn run, const void *args, const struct mat *out, const 
             fail_msg("%s: %d threads give other bytes than one", text, i + 1);
     }
     free(first);
+}
+
+void naive_norm_row(const double *x, int64_t n, const struct mat *w, const struct norm_spec *spec,
+                    double *out)
+{
+    double squares = 0;
+    for (int64_t c = 0; c < n; c++)
+        squares += x[c] * x[c];
+    const double root = sqrt(squares / (double)n + (double)spec->eps);
+    for (int64_t c = 0; c < n; c++)
+        out[c] = x[c] / root * (w ? naive_element(w, 0, c) + (spec->unit_offset ? 1 : 0) : 1);
+}
+
+double *naive_rows(const struct mat *m)
+{
+    double *out = room((size_t)(m->rows * m->cols), sizeof *out);
+    for (int64_t i = 0; i < m->rows * m->cols; i++)
+        out[i] = naive_element(m, i / m->cols, i % m->cols);
+    return out;
 }
 
 /* A test that failed has not come to it, and must not change the numbers of the next. */

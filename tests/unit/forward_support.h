@@ -26,6 +26,16 @@ float at(const struct mat *m, int64_t row, int64_t col);
 void copy(const struct mat *from, const struct mat *to);
 bool row_chosen(int64_t row, int64_t rows);
 
+/* How a made-up packed weight is laid out. */
+struct q_kind {
+    int bits;
+    int64_t group; /* 0: a whole row */
+    bool asymmetric;
+};
+
+/* Any words, scales of either sign, any zero points of the code's range. */
+struct qmat make_packed(const struct q_kind *kind, int64_t n, int64_t cols);
+
 /* What an operation's cases amount to: the worst relative L2 error of any, beside what is allowed. */
 struct outcome {
     const char *op;
@@ -40,5 +50,10 @@ void check(struct outcome *o, const struct mat *out, const double *expected, dou
 /* One case of an operation; in-place operations copy their operand to `out` first. */
 typedef int (*case_fn)(const struct backend *b, const void *args, const struct mat *out);
 void run_everywhere(case_fn run, const void *args, const struct mat *out, const char *text);
+
+/* RMSNorm of one row of n in double; out may be x. A matrix of any float type in double, row after row. */
+void naive_norm_row(const double *x, int64_t n, const struct mat *w, const struct norm_spec *spec,
+                    double *out);
+double *naive_rows(const struct mat *m);
 
 #endif

@@ -40,6 +40,8 @@ double naive_value16(uint16_t bits, int exponent_bits)
 uint16_t naive_bits16(double x, int exponent_bits)
 {
     const int fraction_bits = 15 - exponent_bits, bias = (1 << (exponent_bits - 1)) - 1;
+    if (isnan(x)) /* a quiet one */
+        return (uint16_t)(((2u << exponent_bits) - 1) << (fraction_bits - 1));
     const double v = fabs(naive_round(x, fraction_bits + 1, 1 - bias));
     unsigned bits = signbit(x) ? 0x8000u : 0;
     if (isinf(v))

@@ -1,4 +1,4 @@
-/* Rotary positions and attention, against the plainest implementation in double that the
+/* Rotary positions, the split of queries, keys and values, and attention, against the plainest implementation in double that the
  * description in kernels/backend.h allows. Each case runs with one, two and three threads, which must give the same bytes. */
 #include "tests/unit/forward_support.h"
 #include "tests/unit/naive.h"
@@ -7,80 +7,174 @@
 
 /* --- rotary positions ------------------------------------------------------------------------------------------- */
 
-struct rope_args {
-    const struct mat *x, *table;
+struct table_args {
     const float *inv_freq;
     int64_t first_position;
-    int head_dim;
 };
 
 static int run_table(const struct backend *b, const void *args, const struct mat *out)
 {
-    const struct rope_args *a = args;
+    const struct table_args *a = args;
     return b->core->rope_table(b, a->inv_freq, a->first_position, out);
 }
 
-static int run_rope(const struct backend *b, const void *args, const struct mat *out)
-{
-    const struct rope_args *a = args;
-    copy(a->x, out);
-    return b->core->rope(b, out, a->head_dim, a->table);
-}
-
 /* Angles are FP32 products, as in the models' own code; what is taken of them is not. */
-static void check_table(struct outcome *o, const struct rope_args *a)
-{
-    const int64_t half = a->table->cols / 2, rows = a->table->rows;
-    double *expected = room((size_t)(rows * 2 * half), sizeof *expected);
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t i = 0; i < half; i++) {
-            const float angle = (float)(a->first_position + r) * a->inv_freq[i];
-            expected[r * 2 * half + i] = cos((double)angle);
-            expected[r * 2 * half + half + i] = sin((double)angle);
-        }
-    run_everywhere(run_table, a, a->table, "rope_table");
-    check(o, a->table, expected, 0, "rope_table");
-}
-
-static void check_rope(struct outcome *o, const struct rope_args *a)
-{
-    const int64_t half = a->head_dim / 2, rows = a->x->rows, cols = a->x->cols;
-    const struct mat out = make(DTYPE_F32, rows, cols);
-    double *expected = room((size_t)(rows * cols), sizeof *expected);
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t c = 0; c < cols; c++) {
-            const int64_t i = c % (2 * half);
-            const double x = (double)at(a->x, r, c),
-                         other = (double)at(a->x, r, i < half ? c + half : c - half);
-            const double cosine = (double)at(a->table, r, i % half),
-                         sine = (double)at(a->table, r, half + i % half);
-            expected[r * cols + c] = x * cosine + (i < half ? -other : other) * sine;
-        }
-    run_everywhere(run_rope, a, &out, "rope");
-    check(o, &out, expected, 0, "rope");
-}
-
-static void test_rope(void **state)
+static void test_rope_table(void **state)
 {
     (void)state;
     static const int dims[] = {2, 32, 64, 256};
-    static const int64_t heights[] = {1, 3, 33, 100}, heads[] = {1, 4}, firsts[] = {0, 5, 8000, 131000};
-    struct outcome table_outcome = {"rope_table", 1e-7, 0, 0}, rope_outcome = {"rope", 2e-7, 0, 0};
-    for (size_t i = 0; i < N_OF(dims) * N_OF(heights) * N_OF(heads) * N_OF(firsts); i++) {
-        const int dim = dims[i % 4];
-        const int64_t rows = heights[i / 4 % 4];
+    static const int64_t heights[] = {1, 3, 33, 100}, firsts[] = {0, 5, 8000, 131000};
+    struct outcome o = {"rope_table", 1e-7, 0, 0};
+    for (size_t i = 0; i < N_OF(dims) * N_OF(heights) * N_OF(firsts); i++) {
+        const int64_t half = dims[i % 4] / 2, rows = heights[i / 4 % 4];
+        const struct mat table = make(DTYPE_F32, rows, 2 * half);
+        double *expected = room((size_t)(rows * 2 * half), sizeof *expected);
         float inv_freq[128];
-        for (int k = 0; k < dim / 2; k++)
-            inv_freq[k] = (float)pow(10000, -2.0 * k / dim);
-        const struct mat x = make_random(DTYPE_F32, rows, dim * heads[i / 64], 3);
-        const struct mat table = make(DTYPE_F32, rows + (int64_t)(i % 3), dim); /* may have rows to spare */
-        const struct rope_args a = {&x, &table, inv_freq, firsts[i / 16 % 4], dim};
-        check_table(&table_outcome, &a);
-        check_rope(&rope_outcome, &a);
+        for (int64_t k = 0; k < half; k++)
+            inv_freq[k] = (float)pow(10000, -(double)k / (double)half);
+        const struct table_args a = {inv_freq, firsts[i / 16]};
+        for (int64_t k = 0; k < rows * half; k++) {
+            const int64_t r = k / half, c = k % half;
+            const float angle = (float)(a.first_position + r) * inv_freq[c];
+            expected[r * 2 * half + c] = cos((double)angle);
+            expected[r * 2 * half + half + c] = sin((double)angle);
+        }
+        run_everywhere(run_table, &a, &table, "rope_table");
+        check(&o, &table, expected, 0, "rope_table");
         free_matrices();
     }
-    print_outcome(&table_outcome);
-    print_outcome(&rope_outcome);
+    print_outcome(&o);
+}
+
+/* --- queries, keys and values ------------------------------------------------------------------------------------- */
+
+/* Queries, keys and values are views of one piece of memory, so that whatever is written between and beyond them is
+ * seen. The cache has two rows more than it needs. */
+struct split_case {
+    struct qkv_spec spec;
+    struct mat qkv;
+};
+
+enum { QUERIES, KEYS, VALUES, N_VIEWS };
+
+static int64_t split_views(const struct split_case *c, float *base, struct mat view[N_VIEWS])
+{
+    const struct heads *h = &c->spec.heads;
+    const int64_t kv = h->n_kv_heads * h->head_dim, q = h->n_heads * h->head_dim;
+    const int64_t slots = c->spec.sequences.n * c->spec.sequences.max_positions + 2;
+    view[QUERIES] = (struct mat){base, DTYPE_F32, c->qkv.rows, q, q + SLACK};
+    int64_t used = c->qkv.rows * (q + SLACK);
+    for (int i = KEYS; i < N_VIEWS; i++) {
+        view[i] = (struct mat){base ? base + used : NULL, DTYPE_F32, slots, kv, kv + i};
+        used += slots * (kv + i);
+    }
+    return used;
+}
+
+static int run_split(const struct backend *b, const void *args, const struct mat *out)
+{
+    const struct split_case *c = args;
+    struct mat view[N_VIEWS];
+    split_views(c, out->data, view);
+    return b->core->split_qkv(b, &c->spec, &c->qkv, &view[QUERIES], &view[KEYS], &view[VALUES]);
+}
+
+/* One head of token r, normed and turned. */
+static void naive_head(const struct split_case *c, int64_t r, int64_t col, const struct mat *norm,
+                       double *out)
+{
+    const int64_t d = c->spec.heads.head_dim, token = r % (c->qkv.rows / c->spec.sequences.n);
+    double x[512] = {0};
+    for (int64_t i = 0; i < d; i++)
+        x[i] = (double)at(&c->qkv, r, col + i);
+    if (norm)
+        naive_norm_row(x, d, norm, &c->spec.norm, x);
+    for (int64_t i = 0; i < d; i++) {
+        const double cosine = (double)at(c->spec.rope, token, i % (d / 2)),
+                     sine = (double)at(c->spec.rope, token, d / 2 + i % (d / 2));
+        out[i] = x[i] * cosine + (i < d / 2 ? -x[i + d / 2] : x[i - d / 2]) * sine;
+    }
+}
+
+/* What is not to be written stays NAN. */
+static double *naive_split(const struct split_case *c, int64_t used)
+{
+    const struct heads *h = &c->spec.heads;
+    const struct sequences *s = &c->spec.sequences;
+    const int64_t d = h->head_dim, n_new = c->qkv.rows / s->n;
+    double *out = room((size_t)used, sizeof *out);
+    struct mat view[N_VIEWS];
+    split_views(c, NULL, view);
+    double *const q = out, *const keys = q + view[QUERIES].rows * view[QUERIES].stride,
+                  *const values = keys + view[KEYS].rows * view[KEYS].stride;
+    for (int64_t i = 0; i < used; i++)
+        out[i] = NAN;
+    for (int64_t r = 0; r < c->qkv.rows; r++) {
+        const int64_t slot = r / n_new * s->max_positions + s->first_position + r % n_new;
+        for (int64_t i = 0; i < h->n_heads; i++)
+            naive_head(c, r, i * d, c->spec.q_norm, q + r * view[QUERIES].stride + i * d);
+        for (int64_t i = 0; i < h->n_kv_heads; i++)
+            naive_head(c, r, (h->n_heads + i) * d, c->spec.k_norm, keys + slot * view[KEYS].stride + i * d);
+        for (int64_t i = 0; i < h->n_kv_heads * d; i++)
+            values[slot * view[VALUES].stride + i] =
+                (double)at(&c->qkv, r, (h->n_heads + h->n_kv_heads) * d + i);
+    }
+    return out;
+}
+
+static void check_split(struct outcome *o, const struct split_case *c, const char *text)
+{
+    struct mat view[N_VIEWS];
+    const int64_t used = split_views(c, NULL, view);
+    const struct mat out = {room((size_t)used, sizeof(float)), DTYPE_F32, 1, used, used};
+    const double *expected = naive_split(c, used);
+    double error = 0, size = 0;
+    run_everywhere(run_split, c, &out, text);
+    for (int64_t i = 0; i < used; i++) {
+        const float got = ((const float *)out.data)[i];
+        uint32_t bits;
+        memcpy(&bits, &got, sizeof bits);
+        if (isnan(expected[i]) ? bits != UINT32_MAX : !isfinite(got))
+            fail_msg("%s: element %d is %g, expected %g", text, (int)i, (double)got, expected[i]);
+        if (isnan(expected[i]))
+            continue;
+        error += ((double)got - expected[i]) * ((double)got - expected[i]);
+        size += expected[i] * expected[i];
+    }
+    const double relative = sqrt(error / size);
+    if (!(relative <= o->bound))
+        fail_msg("%s: relative L2 error %.3e, at most %.1e allowed", text, relative, o->bound);
+    o->worst = relative > o->worst ? relative : o->worst;
+    o->cases++;
+}
+
+static void test_split_qkv(void **state)
+{
+    (void)state;
+    static const int heads[][2] = {{1, 1}, {4, 1}, {4, 2}, {3, 3}}, dims[] = {2, 32, 64, 256};
+    static const int64_t n_sequences[] = {1, 3}, lengths[] = {1, 5, 33}, firsts[] = {0, 7};
+    struct outcome o = {"split_qkv", 5e-7, 0, 0};
+    for (size_t i = 0; i < 4 * 4 * 2 * 3 * 2 * 4; i++) {
+        const size_t norms = i / 192;
+        const int d = dims[i / 4 % 4], n_heads = heads[i % 4][0], n_kv = heads[i % 4][1];
+        const int64_t n = n_sequences[i / 16 % 2], length = lengths[i / 32 % 3], first = firsts[i / 96 % 2];
+        const struct mat q_norm = make_random(i % 3 ? DTYPE_BF16 : DTYPE_F16, 1, d, 1),
+                         k_norm = make_random(DTYPE_F32, 1, d, 1),
+                         rope = make_random(DTYPE_F32, length + (int64_t)(i % 2), d, 1);
+        const struct split_case c = {{{n_heads, n_kv, d},
+                                      {n, first, first + length + (int64_t)(i % 3) * 4},
+                                      {1e-6f, i % 2 == 0},
+                                      norms & 1 ? &q_norm : NULL,
+                                      norms & 2 ? &k_norm : NULL,
+                                      &rope},
+                                     make_random(DTYPE_F32, n * length, (n_heads + 2 * n_kv) * d, 3)};
+        char text[120];
+        snprintf(text, sizeof text, "split_qkv: heads %d/%d of %d, %d × %d tokens at %d, norms %d", n_heads,
+                 n_kv, d, (int)n, (int)length, (int)first, (int)norms);
+        check_split(&o, &c, text);
+        free_matrices();
+    }
+    print_outcome(&o);
 }
 
 /* --- attention -------------------------------------------------------------------------------------------------- */
@@ -96,12 +190,13 @@ static int run_attention(const struct backend *b, const void *args, const struct
     return b->core->attention(b, &a->spec, &a->q, &a->keys, &a->values, out);
 }
 
-static double score(const struct attention_args *a, int64_t row, int head, int kv_head, int64_t key)
+/* q_row: of the activations; key_row: of the cache */
+static double score(const struct attention_args *a, int64_t q_row, int head, int kv_head, int64_t key_row)
 {
+    const int d = a->spec.heads.head_dim;
     double sum = 0;
-    for (int i = 0; i < a->spec.head_dim; i++)
-        sum += (double)at(&a->q, row, head * a->spec.head_dim + i) *
-               (double)at(&a->keys, key, kv_head * a->spec.head_dim + i);
+    for (int i = 0; i < d; i++)
+        sum += (double)at(&a->q, q_row, head * d + i) * (double)at(&a->keys, key_row, kv_head * d + i);
     return sum * (double)a->spec.scale;
 }
 
@@ -109,43 +204,56 @@ static double score(const struct attention_args *a, int64_t row, int head, int k
 static void naive_attention(const struct attention_args *a, int64_t row, int head, double *p, double *out)
 {
     const struct attention_spec *s = &a->spec;
-    const int kv_head = head / (s->n_heads / s->n_kv_heads);
-    const int64_t position = s->first_position + row;
+    const struct heads *h = &s->heads;
+    const int kv_head = head / (h->n_heads / h->n_kv_heads);
+    const int64_t n_new = a->q.rows / s->sequences.n, slot = row / n_new * s->sequences.max_positions;
+    const int64_t position = s->sequences.first_position + row % n_new;
     const int64_t from = s->window && position >= s->window ? position - s->window + 1 : 0;
     double highest = -INFINITY, total = 0;
     for (int64_t k = from; k <= position; k++) {
-        p[k] = score(a, row, head, kv_head, k);
+        p[k] = score(a, row, head, kv_head, slot + k);
         highest = p[k] > highest ? p[k] : highest;
     }
     for (int64_t k = from; k <= position; k++)
         total += p[k] = exp(p[k] - highest);
-    for (int i = 0; i < s->head_dim; i++)
+    for (int i = 0; i < h->head_dim; i++)
         out[i] = 0;
     for (int64_t k = from; k <= position; k++)
-        for (int i = 0; i < s->head_dim; i++)
-            out[i] += p[k] / total * (double)at(&a->values, k, kv_head * s->head_dim + i);
+        for (int i = 0; i < h->head_dim; i++)
+            out[i] += p[k] / total * (double)at(&a->values, slot + k, kv_head * h->head_dim + i);
 }
 
-/* The cache goes on beyond the last position, with NaNs. */
+/* A cache of random rows, but NaNs at the positions that are still to come. */
+static struct mat make_cache(const struct attention_spec *spec, int64_t positions)
+{
+    const struct sequences *s = &spec->sequences;
+    const struct mat m =
+        make_random(DTYPE_F32, s->n * s->max_positions, spec->heads.n_kv_heads * spec->heads.head_dim, 1);
+    for (int64_t r = 0; r < m.rows; r++)
+        for (int64_t c = 0; r % s->max_positions >= positions && c < m.cols; c++)
+            put(&m, r, c, NAN);
+    return m;
+}
+
+/* rows: new tokens of each sequence */
 static void check_attention(struct outcome *o, const struct attention_spec *spec, int64_t rows,
                             double amplitude)
 {
-    const int64_t positions = spec->first_position + rows, kv = spec->n_kv_heads * spec->head_dim;
-    struct attention_args a = {*spec, make_random(DTYPE_F32, rows, spec->n_heads * spec->head_dim, amplitude),
-                               make_random(DTYPE_F32, positions + 5, kv, 1),
-                               make_random(DTYPE_F32, positions + 5, kv, 1)};
-    for (int64_t i = 0; i < 5 * a.keys.stride; i++)
-        ((float *)a.keys.data)[positions * a.keys.stride + i] =
-            ((float *)a.values.data)[positions * a.values.stride + i] = NAN;
-    const struct mat out = make(DTYPE_F32, rows, a.q.cols);
-    double *expected = room((size_t)(rows * out.cols), sizeof *expected),
+    const struct heads *h = &spec->heads;
+    const struct sequences *s = &spec->sequences;
+    const int64_t positions = s->first_position + rows;
+    struct attention_args a = {*spec,
+                               make_random(DTYPE_F32, s->n * rows, h->n_heads * h->head_dim, amplitude),
+                               make_cache(spec, positions), make_cache(spec, positions)};
+    const struct mat out = make(DTYPE_F32, s->n * rows, a.q.cols);
+    double *expected = room((size_t)(out.rows * out.cols), sizeof *expected),
            *p = room((size_t)positions, sizeof *p);
-    for (int64_t r = 0; r < rows; r++)
-        for (int h = 0; row_chosen(r, rows) && h < spec->n_heads; h++)
-            naive_attention(&a, r, h, p, expected + r * out.cols + h * spec->head_dim);
+    for (int64_t r = 0; r < out.rows; r++)
+        for (int i = 0; row_chosen(r, out.rows) && i < h->n_heads; i++)
+            naive_attention(&a, r, i, p, expected + r * out.cols + i * h->head_dim);
     char text[120];
-    snprintf(text, sizeof text, "heads %d/%d of %d, window %d, %d rows at %d", spec->n_heads,
-             spec->n_kv_heads, spec->head_dim, (int)spec->window, (int)rows, (int)spec->first_position);
+    snprintf(text, sizeof text, "heads %d/%d of %d, window %d, %d × %d rows at %d", h->n_heads, h->n_kv_heads,
+             h->head_dim, (int)spec->window, (int)s->n, (int)rows, (int)s->first_position);
     run_everywhere(run_attention, &a, &out, text);
     check(o, &out, expected, 0, text);
     free_matrices();
@@ -157,29 +265,36 @@ static void test_attention(void **state)
     static const int heads[][2] = {{4, 1}, {4, 2}, {8, 8}}, dims[] = {32, 64, 256};
     static const int64_t windows[] = {0, 1, 8, 512};
     static const struct {
-        int64_t first, rows;
-    } places[] = {{0, 1}, {0, 5}, {0, 130}, {37, 1}, {600, 1}, {600, 7}, {100, 150}, {511, 2}, {500, 70}};
+        int64_t n, first, rows;
+    } places[] = {{1, 0, 1},     {1, 0, 5},   {1, 0, 130},  {1, 37, 1}, {1, 600, 1}, {1, 600, 7},
+                  {1, 100, 150}, {1, 511, 2}, {1, 500, 70}, {3, 0, 1},  {5, 37, 1},  {3, 20, 70}};
     struct outcome o = {"attention", 3e-6, 0, 0};
     for (size_t i = 0; i < 3 * 3 * 4 * N_OF(places); i++) {
         const int dim = dims[i / 3 % 3];
-        const struct attention_spec spec = {heads[i % 3][0],       heads[i % 3][1],    dim,
-                                            1 / sqrtf((float)dim), windows[i / 9 % 4], places[i / 36].first};
-        check_attention(&o, &spec, places[i / 36].rows, 4);
+        const int64_t n = places[i / 36].n, first = places[i / 36].first, rows = places[i / 36].rows;
+        const struct attention_spec spec = {{heads[i % 3][0], heads[i % 3][1], dim},
+                                            {n, first, first + rows + (int64_t)(i % 2) * 5},
+                                            1 / sqrtf((float)dim),
+                                            windows[i / 9 % 4]};
+        check_attention(&o, &spec, rows, 4);
     }
     /* so many positions that fewer than 64 queries' scores fit the scratch memory */
-    for (int64_t window = 0; window <= 512; window += 512)
-        check_attention(&o, &(struct attention_spec){2, 1, 16, 0.25f, window, 40000}, 70, 4);
+    for (int64_t window = 0; window <= 512; window += 512) {
+        const struct attention_spec spec = {{2, 1, 16}, {1, 40000, 40075}, 0.25f, window};
+        check_attention(&o, &spec, 70, 4);
+    }
     print_outcome(&o);
     /* scores of thousands: their own FP32 error is what decides between close ones */
     struct outcome extreme = {"attention, scores of thousands", 2e-3, 0, 0};
-    check_attention(&extreme, &(struct attention_spec){4, 2, 64, 1, 0, 30}, 70, 1000);
+    check_attention(&extreme, &(struct attention_spec){{4, 2, 64}, {1, 30, 100}, 1, 0}, 70, 1000);
     print_outcome(&extreme);
 }
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test_teardown(test_rope, clean_up),
+        cmocka_unit_test_teardown(test_rope_table, clean_up),
+        cmocka_unit_test_teardown(test_split_qkv, clean_up),
         cmocka_unit_test_teardown(test_attention, clean_up),
     };
     return cmocka_run_group_tests(tests, open_backends, close_backends);

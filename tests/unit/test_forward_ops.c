@@ -45,39 +45,26 @@ static void test_embed(void **state)
 
 /* --- rms_norm --------------------------------------------------------------------------------------------------- */
 
-enum alias { APART, OUT_IS_X, OUT_IS_RESIDUAL };
-
 struct norm_args {
-    const struct mat *x, *w, *residual;
+    const struct mat *x, *w;
     struct norm_spec spec;
-    enum alias alias;
+    bool in_place;
 };
 
 static int run_norm(const struct backend *b, const void *args, const struct mat *out)
 {
     const struct norm_args *a = args;
-    if (a->alias != APART)
-        copy(a->alias == OUT_IS_X ? a->x : a->residual, out);
-    return b->core->rms_norm(b, a->alias == OUT_IS_X ? out : a->x, a->w, &a->spec,
-                             a->alias == OUT_IS_RESIDUAL ? out : a->residual, out);
+    if (a->in_place)
+        copy(a->x, out);
+    return b->core->rms_norm(b, a->in_place ? out : a->x, a->w, &a->spec, out);
 }
 
 static double *naive_norm(const struct norm_args *a)
 {
-    const int64_t rows = a->x->rows, cols = a->x->cols;
-    double *expected = room((size_t)(rows * cols), sizeof *expected);
-    for (int64_t r = 0; r < rows; r++) {
-        double squares = 0;
-        for (int64_t c = 0; c < cols; c++)
-            squares += (double)at(a->x, r, c) * (double)at(a->x, r, c);
-        const double root = sqrt(squares / (double)cols + (double)a->spec.eps);
-        for (int64_t c = 0; c < cols; c++) {
-            const double weight = !a->w ? 1 : naive_element(a->w, 0, c) + (a->spec.unit_offset ? 1 : 0);
-            expected[r * cols + c] =
-                (double)at(a->x, r, c) / root * weight + (a->residual ? (double)at(a->residual, r, c) : 0);
-        }
-    }
-    return expected;
+    double *x = naive_rows(a->x);
+    for (int64_t r = 0; r < a->x->rows; r++)
+        naive_norm_row(x + r * a->x->cols, a->x->cols, a->w, &a->spec, x + r * a->x->cols);
+    return x;
 }
 
 /* Rows from tiny, where eps decides, to huge; the last one is zero. */
@@ -95,23 +82,15 @@ static void test_rms_norm(void **state)
     (void)state;
     static const int64_t widths[] = {1, 16, 100, 256, 257, 640, 1000}, heights[] = {1, 33, 100};
     struct outcome o = {"rms_norm", 1e-6, 0, 0};
-    for (size_t i = 0; i < N_OF(widths) * N_OF(heights) * 4 * 2 * 4; i++) {
+    for (size_t i = 0; i < N_OF(widths) * N_OF(heights) * 4 * 2 * 2; i++) {
         const int64_t cols = widths[i % N_OF(widths)], rows = heights[i / N_OF(widths) % N_OF(heights)];
-        const size_t rest = i / N_OF(widths) / N_OF(heights), weight = rest % 4, kind = rest / 8;
+        const size_t rest = i / N_OF(widths) / N_OF(heights), weight = rest % 4;
         const struct mat x = norm_input(rows, cols), out = make(DTYPE_F32, rows, cols);
         const struct mat w = make_random(float_types[weight % 3], 1, cols, 2);
-        const struct mat residual = make_random(DTYPE_F32, rows, cols, 3);
-        /* kinds: plain, out = x, with a residual, out = residual */
-        const struct norm_args a = {&x,
-                                    weight < 3 ? &w : NULL,
-                                    kind >= 2 ? &residual : NULL,
-                                    {1e-6f, rest / 4 % 2 == 1},
-                                    kind == 1   ? OUT_IS_X
-                                    : kind == 3 ? OUT_IS_RESIDUAL
-                                                : APART};
+        const struct norm_args a = {&x, weight < 3 ? &w : NULL, {1e-6f, rest / 4 % 2 == 1}, rest / 8 == 1};
         char text[100];
-        snprintf(text, sizeof text, "%d × %d, weight %d, offset %d, kind %d", (int)rows, (int)cols,
-                 (int)weight, a.spec.unit_offset, (int)kind);
+        snprintf(text, sizeof text, "%d × %d, weight %d, offset %d, in place %d", (int)rows, (int)cols,
+                 (int)weight, a.spec.unit_offset, a.in_place);
         run_everywhere(run_norm, &a, &out, text);
         check(&o, &out, naive_norm(&a), 0, text);
         free_matrices();
@@ -119,7 +98,7 @@ static void test_rms_norm(void **state)
     print_outcome(&o);
 }
 
-/* The heads of q and k are rows of a view, normed in place. */
+/* Rows that follow one another without a gap, normed in place. */
 static void test_rms_norm_of_heads(void **state)
 {
     (void)state;
@@ -130,11 +109,84 @@ static void test_rms_norm_of_heads(void **state)
     const struct mat w = make_random(DTYPE_BF16, 1, DIM, 1);
     x.rows = out.rows = ROWS * HEADS;
     x.cols = x.stride = out.cols = out.stride = DIM;
-    const struct norm_args a = {&x, &w, NULL, {1e-6f, true}, OUT_IS_X};
+    const struct norm_args a = {&x, &w, {1e-6f, true}, true};
     run_everywhere(run_norm, &a, &out, "heads");
     check(&o, &out, naive_norm(&a), 0, "heads");
     assert_true(isnan(((float *)out.data)[ROWS * HEADS * DIM]));
     free_matrices();
+    print_outcome(&o);
+}
+
+/* --- add_norm ------------------------------------------------------------------------------------------------------ */
+
+struct add_args {
+    const struct mat *branch, *branch_norm, *x, *next_norm, *sum; /* sum: where x is worked on */
+    struct norm_spec spec;
+};
+
+static int run_add(const struct backend *b, const void *args, const struct mat *out)
+{
+    const struct add_args *a = args;
+    copy(a->x, a->sum);
+    return b->core->add_norm(b, a->branch, a->branch_norm, a->sum, a->next_norm, &a->spec, out);
+}
+
+/* The sum with its own spare columns, like any other result. */
+static int run_sum(const struct backend *b, const void *args, const struct mat *out)
+{
+    struct add_args a = *(const struct add_args *)args;
+    const struct mat unused = make(DTYPE_F32, out->rows, out->cols);
+    a.sum = out;
+    return run_add(b, &a, &unused);
+}
+
+static void check_add(struct outcome *sums, struct outcome *o, struct add_args *a, const char *text)
+{
+    const int64_t rows = a->x->rows, cols = a->x->cols;
+    const struct mat out = make(DTYPE_F32, rows, cols), sum = make(DTYPE_F32, rows, cols),
+                     branch = make(DTYPE_F32, rows, cols);
+    double *x = naive_rows(a->x), *added = naive_rows(a->branch);
+    for (int64_t r = 0; r < rows; r++) {
+        naive_norm_row(added + r * cols, cols, a->branch_norm, &a->spec, added + r * cols);
+        for (int64_t c = r * cols; c < (r + 1) * cols; c++)
+            x[c] += added[c];
+    }
+    copy(a->branch, &branch);
+    a->sum = &sum;
+    run_everywhere(run_add, a, &out, text);
+    run_everywhere(run_sum, a, &sum, text);
+    check(sums, &sum, x, 0, text);
+    /* the second norm is of x as it is stored: where its terms cancel, rounding it shows */
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t c = 0; c < cols; c++)
+            x[r * cols + c] = (double)at(&sum, r, c);
+        naive_norm_row(x + r * cols, cols, a->next_norm, &a->spec, x + r * cols);
+        assert_memory_equal((float *)branch.data + r * branch.stride,
+                            (float *)a->branch->data + r * a->branch->stride, (size_t)cols * sizeof(float));
+    }
+    check(o, &out, x, 0, text);
+}
+
+static void test_add_norm(void **state)
+{
+    (void)state;
+    static const int64_t widths[] = {1, 16, 100, 257, 640, 1000}, heights[] = {1, 33, 100};
+    struct outcome sums = {"add_norm: x", 1e-6, 0, 0}, o = {"add_norm: out", 1e-6, 0, 0};
+    for (size_t i = 0; i < N_OF(widths) * N_OF(heights) * 4 * 4 * 2; i++) {
+        const int64_t cols = widths[i % N_OF(widths)], rows = heights[i / N_OF(widths) % N_OF(heights)];
+        const size_t rest = i / N_OF(widths) / N_OF(heights), first = rest % 4, second = rest / 4 % 4;
+        const struct mat branch = norm_input(rows, cols), x = make_random(DTYPE_F32, rows, cols, 3);
+        const struct mat w1 = make_random(float_types[first % 3], 1, cols, 2),
+                         w2 = make_random(float_types[second % 3], 1, cols, 2);
+        struct add_args a = {&branch, first < 3 ? &w1 : NULL, &x, second < 3 ? &w2 : NULL,
+                             NULL,    {1e-6f, rest / 16 == 1}};
+        char text[100];
+        snprintf(text, sizeof text, "%d × %d, weights %d and %d, offset %d", (int)rows, (int)cols, (int)first,
+                 (int)second, a.spec.unit_offset);
+        check_add(&sums, &o, &a, text);
+        free_matrices();
+    }
+    print_outcome(&sums);
     print_outcome(&o);
 }
 
@@ -377,9 +429,19 @@ static void test_nan_stays(void **state)
     assert_ok(b->core->geglu(b, &a, &x, &out));
     assert_true(isnan(at(&out, 0, 33)) && isfinite(at(&out, 0, 32)));
     const struct mat keys = make_random(DTYPE_F32, 40, 64, 1);
-    assert_ok(b->core->attention(b, &(struct attention_spec){1, 1, 64, 1, 0, 39}, &a, &keys, &keys, &out));
+    const struct attention_spec spec = {{1, 1, 64}, {1, 39, 40}, 1, 0};
+    assert_ok(b->core->attention(b, &spec, &a, &keys, &keys, &out));
     for (int64_t c = 0; c < 64; c++)
         assert_true(isnan(at(&out, 0, c)));
+    const struct norm_spec norm = {1e-6f, true};
+    assert_ok(b->core->rms_norm(b, &a, NULL, &norm, &out));
+    assert_true(isnan(at(&out, 0, 33)) && isnan(at(&out, 0, 0)));
+    const struct mat sum = make_random(DTYPE_F32, 1, 64, 1);
+    assert_ok(b->core->add_norm(b, &a, NULL, &sum, NULL, &norm, &out));
+    assert_true(isnan(at(&sum, 0, 0)) && isnan(at(&sum, 0, 33)) && isnan(at(&out, 0, 5)));
+    put(&x, 0, 7, NAN);
+    assert_ok(b->core->softcap(b, &x, 30));
+    assert_true(isnan(at(&x, 0, 7)) && isfinite(at(&x, 0, 8)));
     free_matrices();
 }
 
@@ -389,6 +451,7 @@ int main(void)
         cmocka_unit_test_teardown(test_embed, clean_up),
         cmocka_unit_test_teardown(test_rms_norm, clean_up),
         cmocka_unit_test_teardown(test_rms_norm_of_heads, clean_up),
+        cmocka_unit_test_teardown(test_add_norm, clean_up),
         cmocka_unit_test_teardown(test_geglu, clean_up),
         cmocka_unit_test_teardown(test_softcap, clean_up),
         cmocka_unit_test_teardown(test_compare_rows, clean_up),

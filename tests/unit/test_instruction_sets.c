@@ -7,21 +7,27 @@
 struct variant {
     const char *name;
     const struct quant_ops *quant;
-    int (*squared_error)(const struct mat *a, const struct mat *b, double *error, double *reference);
-    int (*find_nonfinite)(const struct mat *w, int64_t *index);
+    int (*squared_error)(const struct backend *b, const struct mat *x, const struct mat *y, double sums[2]);
+    int (*group_squared_error)(const struct backend *b, const struct mat *x, const struct mat *y,
+                               int64_t group, double *sums);
+    int (*find_nonfinite)(const struct backend *b, const struct mat *w, int64_t *index);
 };
 
 #define DECLARE(suffix)                                                                                      \
     extern const struct quant_ops cpu_quant_ops_##suffix;                                                    \
-    int cpu_squared_error_##suffix(const struct mat *a, const struct mat *b, double *e, double *r);          \
-    int cpu_find_nonfinite_##suffix(const struct mat *w, int64_t *index);
+    int cpu_squared_error_##suffix(const struct backend *b, const struct mat *x, const struct mat *y,        \
+                                   double sums[2]);                                                          \
+    int cpu_group_squared_error_##suffix(const struct backend *b, const struct mat *x, const struct mat *y,  \
+                                         int64_t group, double *sums);                                       \
+    int cpu_find_nonfinite_##suffix(const struct backend *b, const struct mat *w, int64_t *index);
 DECLARE(v1)
 DECLARE(v3)
 DECLARE(v4)
 
 #define VARIANT(text, suffix)                                                                                \
     {                                                                                                        \
-        text, &cpu_quant_ops_##suffix, cpu_squared_error_##suffix, cpu_find_nonfinite_##suffix               \
+        text, &cpu_quant_ops_##suffix, cpu_squared_error_##suffix, cpu_group_squared_error_##suffix,         \
+            cpu_find_nonfinite_##suffix                                                                      \
     }
 static const struct variant variants[] = {
     VARIANT("x86-64 (SSE2)", v1),
@@ -40,15 +46,20 @@ static int usable_variants(void)
                : 2;
 }
 
-static void run(const struct variant *v, const struct kernel_case *c, struct kernel_data *d, double error[2],
-                int64_t *index)
+enum { MAX_SUMS = 2 + 2 * 9 * 129 }; /* of the whole, then of 9 rows of 4100 columns by 32 */
+
+static void run(const struct variant *v, const struct kernel_case *c, struct kernel_data *d,
+                double error[MAX_SUMS], int64_t *index)
 {
     kernel_data_make(d, c);
-    assert_ok(v->find_nonfinite(&d->weights, index));
-    assert_ok(v->quant->find_scales(&d->weights, &c->spec, &d->q));
-    assert_ok(v->quant->quantize(&d->weights, &d->q));
-    assert_ok(v->quant->dequantize(&d->q, &d->restored));
-    assert_ok(v->squared_error(&d->weights, &d->restored, &error[0], &error[1]));
+    memset(error, 0, MAX_SUMS * sizeof *error);
+    assert_true(2 + 2 * d->q.scales.rows * d->q.scales.cols <= MAX_SUMS);
+    assert_ok(v->find_nonfinite(NULL, &d->weights, index));
+    assert_ok(v->quant->find_scales(NULL, &d->weights, &c->spec, &d->q));
+    assert_ok(v->quant->quantize(NULL, &d->weights, &d->q));
+    assert_ok(v->quant->dequantize(NULL, &d->q, &d->restored));
+    assert_ok(v->squared_error(NULL, &d->weights, &d->restored, error));
+    assert_ok(v->group_squared_error(NULL, &d->weights, &d->restored, d->q.group, error + 2));
 }
 
 static bool same_memory(const struct mat *a, const struct mat *b)
@@ -61,7 +72,7 @@ static bool same_memory(const struct mat *a, const struct mat *b)
 static void compare(const struct variant *v, const struct variant *expected, const struct kernel_case *c)
 {
     struct kernel_data a, b;
-    double error_a[2], error_b[2];
+    double error_a[MAX_SUMS], error_b[MAX_SUMS];
     int64_t index_a, index_b;
     run(v, c, &a, error_a, &index_a);
     run(expected, c, &b, error_b, &index_b);
@@ -79,7 +90,7 @@ static void test_same_bytes(void **state)
     struct backend cpu;
     assert_ok(backend_open(&cpu, "cpu", 1));
     const struct variant chosen = {"the program's choice", cpu.quant, cpu.core->squared_error,
-                                   cpu.core->find_nonfinite};
+                                   cpu.core->group_squared_error, cpu.core->find_nonfinite};
     const int n = usable_variants();
     struct kernel_case c;
     size_t n_cases = 0;

@@ -81,9 +81,9 @@ static void test_exact(void **state)
                          .bits = 4,
                          .group = 4,
                          .cols = 4};
-        assert_ok(cpu.quant->find_scales(&w, &(struct scale_spec){e->rule, e->positive_only}, &q));
-        assert_ok(cpu.quant->quantize(&w, &q));
-        assert_ok(cpu.quant->dequantize(&q, &out));
+        assert_ok(cpu.quant->find_scales(&cpu, &w, &(struct scale_spec){e->rule, e->positive_only}, &q));
+        assert_ok(cpu.quant->quantize(&cpu, &w, &q));
+        assert_ok(cpu.quant->dequantize(&cpu, &q, &out));
         if (half_from_bf16(scale) != e->scale || zero != e->zero || word != e->word)
             fail_msg("case %zu: scale %g zero %d word %08x, expected %g %d %08x", i,
                      (double)half_from_bf16(scale), zero, word, (double)e->scale, e->zero, e->word);
@@ -210,9 +210,9 @@ static void test_against_naive(void **state)
     for (size_t i = 0; kernel_case(i, &c); i++) {
         struct kernel_data d;
         kernel_data_make(&d, &c);
-        assert_ok(cpu.quant->find_scales(&d.weights, &c.spec, &d.q));
-        assert_ok(cpu.quant->quantize(&d.weights, &d.q));
-        assert_ok(cpu.quant->dequantize(&d.q, &d.restored));
+        assert_ok(cpu.quant->find_scales(&cpu, &d.weights, &c.spec, &d.q));
+        assert_ok(cpu.quant->quantize(&cpu, &d.weights, &d.q));
+        assert_ok(cpu.quant->dequantize(&cpu, &d.q, &d.restored));
         for (int64_t r = 0; r < c.rows; r++) {
             for (int64_t g = 0; g < d.q.scales.cols; g++)
                 check_group(&c, &d, r, g);
@@ -251,9 +251,9 @@ static void test_pack_undoes_unpack(void **state)
                 words[n_words - 1] &= (1u << used) - 1;
             for (int64_t g = 0; g < groups; g++)
                 scales[g] = naive_bits16(support_uniform(&seed), 8);
-            assert_ok(cpu.quant->dequantize(&q, &m));
+            assert_ok(cpu.quant->dequantize(&cpu, &q, &m));
             q.packed.data = again;
-            assert_ok(cpu.quant->quantize(&m, &q));
+            assert_ok(cpu.quant->quantize(&cpu, &m, &q));
             assert_memory_equal(words, again, (size_t)n_words * 4);
         }
 }
@@ -274,13 +274,13 @@ static void test_nonfinite(void **state)
                     w[i] = f16 ? 0x7bff : 0x7f7f; /* the greatest finite value */
                 const struct mat m = {w, f16 ? DTYPE_F16 : DTYPE_BF16, 2, 4501, 5000};
                 int64_t index, count;
-                assert_ok(cpu.core->find_nonfinite(&m, &index));
+                assert_ok(cpu.core->find_nonfinite(&cpu, &m, &index));
                 assert_int_equal(index, -1);
                 w[5000 + places[p]] = f16 ? f16_bad[bad] : bf16_bad[bad];
                 w[4999] = 0x7fff; /* between the rows: not looked at */
-                assert_ok(cpu.core->find_nonfinite(&m, &index));
+                assert_ok(cpu.core->find_nonfinite(&cpu, &m, &index));
                 assert_int_equal(index, 4501 + places[p]);
-                assert_ok(cpu.core->zero_nonfinite(&m, &count));
+                assert_ok(cpu.core->zero_nonfinite(&cpu, &m, &count));
                 assert_int_equal(count, 1);
                 assert_int_equal(w[5000 + places[p]], 0);
                 assert_int_equal(w[4999], 0x7fff);
@@ -295,40 +295,93 @@ static void test_nonfinite_f32(void **state)
         w[i] = 3.4e38f;
     const struct mat m = {w, DTYPE_F32, 4, 10, 10};
     int64_t index, count;
-    assert_ok(cpu.core->find_nonfinite(&m, &index));
+    assert_ok(cpu.core->find_nonfinite(&cpu, &m, &index));
     assert_int_equal(index, -1);
     w[13] = -INFINITY;
     w[14] = NAN;
     w[39] = NAN;
-    assert_ok(cpu.core->find_nonfinite(&m, &index));
+    assert_ok(cpu.core->find_nonfinite(&cpu, &m, &index));
     assert_int_equal(index, 13);
-    assert_ok(cpu.core->zero_nonfinite(&m, &count));
+    assert_ok(cpu.core->zero_nonfinite(&cpu, &m, &count));
     assert_int_equal(count, 3);
     assert_true(w[13] == 0 && w[14] == 0 && w[39] == 0 && w[12] == 3.4e38f);
+}
+
+/* Σ (a − b)² and Σ a² of columns [col, col + n) of a row, in double. */
+static void naive_squares(const struct kernel_data *d, int64_t row, int64_t col, int64_t n, double out[2])
+{
+    out[0] = out[1] = 0;
+    for (int64_t k = col; k < col + n; k++) {
+        const double a = naive_element(&d->weights, row, k), b = naive_element(&d->restored, row, k);
+        out[0] += (a - b) * (a - b);
+        out[1] += a * a;
+    }
+}
+
+/* FP32 lanes over at most 4096 / 16 terms each; what overflows FP32 may be infinite. */
+static void check_squares(const double got[2], const double expected[2])
+{
+    for (int i = 0; i < 2; i++)
+        if (!(fabs(got[i] - expected[i]) <= 2e-5 * expected[i] + 1e-30) && expected[i] < 1e38)
+            fail_msg("sum %d is %.9g, expected %.9g", i, got[i], expected[i]);
+}
+
+static void make_restored(struct kernel_data *d, const struct kernel_case *c)
+{
+    kernel_data_make(d, c);
+    assert_ok(cpu.quant->find_scales(&cpu, &d->weights, &c->spec, &d->q));
+    assert_ok(cpu.quant->quantize(&cpu, &d->weights, &d->q));
+    assert_ok(cpu.quant->dequantize(&cpu, &d->q, &d->restored));
 }
 
 static void test_squared_error(void **state)
 {
     (void)state;
-    struct kernel_case c = {.dtype = DTYPE_F32, .rows = 1, .bits = 4, .symmetric = true};
+    struct kernel_case c = {.dtype = DTYPE_F32, .rows = 2, .bits = 4, .symmetric = true};
     static const int64_t widths[] = {1, 13, 100, 4096, 4100, 20000};
     for (size_t i = 0; i < N_OF(widths); i++) {
         struct kernel_data d;
         c.cols = widths[i];
-        kernel_data_make(&d, &c);
-        assert_ok(cpu.quant->find_scales(&d.weights, &c.spec, &d.q));
-        assert_ok(cpu.quant->quantize(&d.weights, &d.q));
-        assert_ok(cpu.quant->dequantize(&d.q, &d.restored));
-        double error, reference, expected_error = 0, expected_reference = 0;
-        assert_ok(cpu.core->squared_error(&d.weights, &d.restored, &error, &reference));
-        for (int64_t k = 0; k < c.cols; k++) {
-            const double a = naive_element(&d.weights, 0, k), b = naive_element(&d.restored, 0, k);
-            expected_error += (a - b) * (a - b);
-            expected_reference += a * a;
+        make_restored(&d, &c);
+        double sums[2], expected[2] = {0}, row[2];
+        assert_ok(cpu.core->squared_error(&cpu, &d.weights, &d.restored, sums));
+        for (int64_t r = 0; r < c.rows; r++) {
+            naive_squares(&d, r, 0, c.cols, row);
+            expected[0] += row[0];
+            expected[1] += row[1];
         }
-        /* FP32 lanes over at most 4096 / 16 terms each */
-        assert_true(fabs(error - expected_error) <= 2e-5 * expected_error + 1e-12);
-        assert_true(fabs(reference - expected_reference) <= 2e-5 * expected_reference);
+        check_squares(sums, expected);
+        kernel_data_free(&d);
+    }
+}
+
+/* Groups that do and do not divide the width; pairs of different types; nothing beyond the last sum is written. */
+static void test_group_squared_error(void **state)
+{
+    (void)state;
+    static const int64_t widths[] = {1, 13, 100, 256, 4100, 10000},
+                         groups[] = {1, 16, 24, 32, 100, 128, 5000, 20000};
+    static const enum dtype dtypes[] = {DTYPE_BF16, DTYPE_F16, DTYPE_F32};
+    for (size_t i = 0; i < N_OF(widths) * N_OF(groups) * N_OF(dtypes); i++) {
+        const struct kernel_case c = {.dtype = dtypes[i % 3],
+                                      .rows = 9,
+                                      .cols = widths[i / 3 % N_OF(widths)],
+                                      .bits = 4,
+                                      .symmetric = true};
+        const int64_t group = groups[i / 3 / N_OF(widths)], n = (c.cols + group - 1) / group;
+        struct kernel_data d;
+        make_restored(&d, &c);
+        double *sums = malloc((size_t)(c.rows * n * 2 + 1) * sizeof *sums), expected[2];
+        assert_non_null(sums);
+        sums[c.rows * n * 2] = -1;
+        assert_ok(cpu.core->group_squared_error(&cpu, &d.weights, &d.restored, group, sums));
+        for (int64_t g = 0; g < c.rows * n; g++) {
+            const int64_t col = g % n * group, width = c.cols - col < group ? c.cols - col : group;
+            naive_squares(&d, g / n, col, width, expected);
+            check_squares(sums + g * 2, expected);
+        }
+        assert_true(sums[c.rows * n * 2] == -1);
+        free(sums);
         kernel_data_free(&d);
     }
 }
@@ -348,16 +401,22 @@ static void test_refusals(void **state)
                      .cols = 4};
     int64_t index;
     struct backend none;
-    assert_error(cpu.quant->quantize(&bad, &q), ERR_UNSUPPORTED, "quantize: dtype I32");
-    assert_error(cpu.quant->dequantize(&q, &bad), ERR_UNSUPPORTED, "dequantize: to I32");
-    assert_error(cpu.core->find_nonfinite(&bad, &index), ERR_UNSUPPORTED, "find_nonfinite: dtype I32");
+    assert_error(cpu.quant->quantize(&cpu, &bad, &q), ERR_UNSUPPORTED, "quantize: dtype I32");
+    assert_error(cpu.quant->dequantize(&cpu, &q, &bad), ERR_UNSUPPORTED, "dequantize: to I32");
+    assert_error(cpu.core->find_nonfinite(&cpu, &bad, &index), ERR_UNSUPPORTED, "find_nonfinite: dtype I32");
+    assert_error(cpu.core->zero_nonfinite(&cpu, &bad, &index), ERR_UNSUPPORTED, "zero_nonfinite: dtype I32");
+    double sums[2];
+    assert_error(cpu.core->squared_error(&cpu, &good, &bad, sums), ERR_UNSUPPORTED,
+                 "squared_error: dtype I32");
+    assert_error(cpu.core->group_squared_error(&cpu, &bad, &good, 4, sums), ERR_UNSUPPORTED,
+                 "squared_error: dtype I32");
     q.group = 3;
     q.scales.cols = 2;
-    assert_error(cpu.quant->quantize(&good, &q), ERR_UNSUPPORTED, "groups of 3 columns");
+    assert_error(cpu.quant->quantize(&cpu, &good, &q), ERR_UNSUPPORTED, "groups of 3 columns");
     q.group = 4;
     q.scales.cols = 1;
     q.bits = 3;
-    assert_error(cpu.quant->quantize(&good, &q), ERR_UNSUPPORTED, "3 bits");
+    assert_error(cpu.quant->quantize(&cpu, &good, &q), ERR_UNSUPPORTED, "3 bits");
     assert_error(backend_open(&none, "abacus", 1), ERR_UNSUPPORTED, "abacus");
 }
 
@@ -406,7 +465,7 @@ static void check_ct_pack(struct json v)
                      .group = cols,
                      .cols = cols};
     if (!along_rows) {
-        assert_ok(cpu.quant->quantize(&m, &q));
+        assert_ok(cpu.quant->quantize(&cpu, &m, &q));
     } else { /* zero points: test_cut holds the writer against naive_pack */
         for (int64_t c = 0; c < cols; c++) {
             for (int64_t r = 0; r < rows; r++)
@@ -445,8 +504,8 @@ static void check_ct_grid(struct json v)
                      .bits = bits,
                      .group = group,
                      .cols = cols};
-    assert_ok(cpu.quant->find_scales(&m, &(struct scale_spec){SCALE_ABSMAX, false}, &q));
-    assert_ok(cpu.quant->quantize(&m, &q));
+    assert_ok(cpu.quant->find_scales(&cpu, &m, &(struct scale_spec){SCALE_ABSMAX, false}, &q));
+    assert_ok(cpu.quant->quantize(&cpu, &m, &q));
     for (int64_t i = 0; i < rows * groups; i++) {
         assert_int_equal(scales[i], (uint16_t)scale_bits[i]);
         if (!symmetric)
@@ -482,6 +541,7 @@ int main(void)
         cmocka_unit_test(test_nonfinite),
         cmocka_unit_test(test_nonfinite_f32),
         cmocka_unit_test(test_squared_error),
+        cmocka_unit_test(test_group_squared_error),
         cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_compressed_tensors),
     };

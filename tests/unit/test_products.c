@@ -98,47 +98,11 @@ static void test_gemm(void **state)
     print_outcome(&o);
 }
 
-struct q_kind {
-    int bits;
-    int64_t group; /* 0: a whole row */
-    bool asymmetric;
-};
-
 static const struct q_kind q_kinds[] = {
     {4, 32, false}, {4, 64, false},  {4, 128, false}, {4, 256, false}, {4, 0, false},
     {4, 32, true},  {4, 64, true},   {4, 128, true},  {4, 256, true},  {4, 0, true},
     {8, 32, false}, {8, 128, false}, {8, 128, true},  {8, 0, false},
 };
-
-/* Any words, scales of either sign, any zero points of the code's range. */
-static struct qmat make_packed(const struct q_kind *kind, int64_t n, int64_t cols)
-{
-    static uint64_t seed = 2;
-    const int64_t group = kind->group ? kind->group : cols, groups = (cols + group - 1) / group;
-    const int64_t words = (cols * kind->bits + 31) / 32, used = cols * kind->bits % 32;
-    struct qmat q = {.packed = {NULL, DTYPE_I32, n, words, words + SLACK},
-                     .scales = make(DTYPE_BF16, n, groups),
-                     .zeros = {NULL, DTYPE_I8, n, groups, groups + SLACK},
-                     .bits = kind->bits,
-                     .group = group,
-                     .cols = cols};
-    uint32_t *packed = q.packed.data = room((size_t)(n * q.packed.stride), sizeof *packed);
-    int8_t *zeros = room((size_t)(n * q.zeros.stride), 1);
-    if (kind->asymmetric)
-        q.zeros.data = zeros;
-    for (int64_t i = 0; i < n * q.packed.stride; i++)
-        packed[i] = (uint32_t)support_random(&seed);
-    for (int64_t r = 0; used && r < n; r++)
-        packed[r * q.packed.stride + words - 1] &= (1u << used) - 1;
-    for (int64_t i = 0; i < n * q.zeros.stride; i++)
-        zeros[i] = (int8_t)((int)(support_random(&seed) % (1u << kind->bits)) - (1 << (kind->bits - 1)));
-    for (int64_t r = 0; r < n; r++)
-        for (int64_t g = 0; g < groups; g++) {
-            const double u = support_uniform(&seed);
-            put(&q.scales, r, g, copysign(0.01 + 0.1 * fabs(u), u));
-        }
-    return q;
-}
 
 static void test_q_gemm(void **state)
 {
@@ -168,12 +132,19 @@ static void test_unsupported(void **state)
     const struct mat x = make_random(DTYPE_F32, 5, 16, 1), out = make(DTYPE_F32, 5, 16);
     struct mat w = make_random(DTYPE_F32, 16, 16, 1);
     const int32_t ids[5] = {0};
+    const struct norm_spec norm = {1e-6f, true};
     w.dtype = DTYPE_I8;
     assert_error(b->core->gemm(b, &x, &w, &out), ERR_UNSUPPORTED, "gemm: dtype I8");
     assert_error(b->core->embed(b, &w, ids, 1, &out), ERR_UNSUPPORTED, "embed: dtype I8");
     w.rows = 1;
-    assert_error(b->core->rms_norm(b, &x, &w, &(struct norm_spec){1e-6f, true}, NULL, &out), ERR_UNSUPPORTED,
-                 "rms_norm: dtype I8");
+    assert_error(b->core->rms_norm(b, &x, &w, &norm, &out), ERR_UNSUPPORTED, "rms_norm: dtype I8");
+    assert_error(b->core->add_norm(b, &x, NULL, &out, &w, &norm, &x), ERR_UNSUPPORTED, "add_norm: dtype I8");
+    assert_error(b->core->add_norm(b, &x, &w, &out, NULL, &norm, &x), ERR_UNSUPPORTED, "add_norm: dtype I8");
+    const struct mat qkv = make_random(DTYPE_F32, 5, 48, 1), keys = make(DTYPE_F32, 5, 16),
+                     rope = make(DTYPE_F32, 5, 16);
+    const struct qkv_spec split = {{1, 1, 16}, {1, 0, 5}, norm, NULL, &w, &rope};
+    assert_error(b->core->split_qkv(b, &split, &qkv, &x, &keys, &out), ERR_UNSUPPORTED,
+                 "split_qkv: dtype I8");
     struct qmat q = make_packed(&(struct q_kind){4, 0, false}, 16, 16);
     q.bits = 2;
     assert_error(b->core->q_gemm(b, &x, &q, &out), ERR_UNSUPPORTED, "q_gemm: 2 bits, expected 4 or 8");

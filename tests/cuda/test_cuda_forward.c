@@ -1,0 +1,229 @@
+/* A whole forward pass on a device against the CPU: hidden states, logits and the distributions of the next token, of
+ * a BF16 model and of its cut to 4 bits, fed in one piece, in several, and token by token.
+ *   test_cuda_forward [DEVICE [MODEL]]      default: cuda:0, a made-up model; MODEL: that one and its cut as well */
+#include "base/file.h"
+#include "calib/builtin.h"
+#include "calib/windows.h"
+#include "runtime/forward.h"
+#include "tests/cuda/parity.h"
+#include "tests/unit/cutting.h"
+
+#include <math.h>
+
+enum { SEQUENCES = 2, LENGTH = 300, POSITIONS = 310, ROWS = 256, LOGIT_ROWS = 16 };
+
+static const char *model_folder; /* the second argument */
+
+static const double l2_bound = 3e-2, kl_bound = 2e-3;
+
+struct runner {
+    struct weights weights;
+    struct forward *forward;
+};
+
+/* Squared differences beside squares, and the divergence of next-token distributions. */
+struct difference {
+    double hidden[2], logits[2], kl;
+    int64_t n;
+};
+
+static void add_squares(double sums[2], const float *got, const float *expected, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) {
+        const double d = (double)got[i] - (double)expected[i];
+        sums[0] += d * d;
+        sums[1] += (double)expected[i] * (double)expected[i];
+    }
+}
+
+static double relative(const double sums[2])
+{
+    assert_true(isfinite(sums[0]) && sums[1] > 0);
+    return sqrt(sums[0] / sums[1]);
+}
+
+/* --- ids -------------------------------------------------------------------------------------------------------- */
+
+/* What the model's tokenizer makes of the prose that ships with the program, or made-up ids. ids [SEQUENCES][LENGTH] */
+static void make_ids(const char *folder, int64_t vocab, int32_t *ids)
+{
+    char *path = file_join(folder, "tokenizer.json");
+    struct tokenizer *t;
+    struct windows w;
+    size_t n;
+    const char *prose = builtin_prose(&n);
+    if (tokenizer_open(&t, path) < 0) {
+        uint64_t seed = 5;
+        for (int i = 0; i < SEQUENCES * LENGTH; i++)
+            ids[i] = (int32_t)(support_random(&seed) % (uint64_t)vocab);
+    } else {
+        assert_ok(windows_make(&w, t, prose, n, LENGTH, SEQUENCES, vocab, "prose"));
+        assert_int_equal(w.n, SEQUENCES);
+        memcpy(ids, w.ids, SEQUENCES * LENGTH * sizeof *ids);
+        windows_free(&w);
+        tokenizer_close(t);
+    }
+    free(path);
+}
+
+/* --- running ---------------------------------------------------------------------------------------------------- */
+
+/* A matrix of the side's as floats on the host. */
+static float *fetch(enum side s, const struct mat *m)
+{
+    const size_t n = (size_t)(m->rows * m->stride);
+    assert_int_equal(m->stride, m->cols);
+    struct mat host = *m;
+    host.data = malloc(n * dtype_bytes(m->dtype) + 1);
+    float *out = malloc(n * sizeof *out + 1);
+    assert_true(host.data && out);
+    assert_ok(side[s].core->download(&side[s], host.data, m->data, n * dtype_bytes(m->dtype)));
+    for (size_t i = 0; i < n; i++)
+        out[i] = (float)naive_element(&host, 0, (int64_t)i);
+    free(host.data);
+    return out;
+}
+
+static void compare_logits(struct difference *d, const struct mat logits[N_SIDES], const int32_t *targets)
+{
+    float *got = fetch(DEVICE, &logits[DEVICE]);
+    struct mat from_device = logits[CPU];
+    struct row_comparison rows[LOGIT_ROWS];
+    from_device.data = got;
+    add_squares(d->logits, got, logits[CPU].data, logits[CPU].rows * logits[CPU].cols);
+    assert_ok(side[CPU].core->compare_rows(&side[CPU], &logits[CPU], &from_device, targets, rows));
+    for (int64_t r = 0; r < logits[CPU].rows; r++)
+        d->kl += (double)rows[r].kl;
+    d->n += logits[CPU].rows;
+    free(got);
+}
+
+/* The next n tokens of every sequence on both sides. */
+static void step(struct runner run[N_SIDES], const int32_t *ids, int64_t at, int64_t n, struct difference *d)
+{
+    int32_t piece[SEQUENCES * LENGTH];
+    struct mat hidden[N_SIDES];
+    for (int q = 0; q < SEQUENCES; q++)
+        memcpy(piece + q * n, ids + q * LENGTH + at, (size_t)n * sizeof *piece);
+    for (int s = 0; s < N_SIDES; s++)
+        assert_ok(forward_run(run[s].forward, piece, n, &hidden[s]));
+    float *expected = fetch(CPU, &hidden[CPU]), *got = fetch(DEVICE, &hidden[DEVICE]);
+    add_squares(d->hidden, got, expected, hidden[CPU].rows * hidden[CPU].cols);
+    free(expected);
+    free(got);
+    const int64_t vocab = run[CPU].weights.embedding.rows;
+    for (int64_t r = 0; r < hidden[CPU].rows; r += LOGIT_ROWS) {
+        const int64_t rows = hidden[CPU].rows - r < LOGIT_ROWS ? hidden[CPU].rows - r : LOGIT_ROWS;
+        struct mat logits[N_SIDES];
+        for (int s = 0; s < N_SIDES; s++) {
+            const struct mat part = mat_rows(&hidden[s], r, rows);
+            logits[s] = (struct mat){parity_memory(s, (size_t)(rows * vocab) * sizeof(float)), DTYPE_F32,
+                                     rows, vocab, vocab};
+            assert_ok(forward_logits(&run[s].weights, &part, &logits[s]));
+        }
+        compare_logits(d, logits, piece + r);
+        parity_free();
+    }
+}
+
+/* The same pass once more gives the same bytes. */
+static void check_repeats(struct runner *run, const int32_t *ids)
+{
+    float *states[2];
+    struct mat hidden;
+    int32_t piece[SEQUENCES * ROWS];
+    for (int q = 0; q < SEQUENCES; q++)
+        memcpy(piece + q * ROWS, ids + q * LENGTH, ROWS * sizeof *piece);
+    for (int i = 0; i < 2; i++) {
+        forward_begin(run->forward, SEQUENCES);
+        assert_ok(forward_run(run->forward, piece, ROWS, &hidden));
+        assert_ok(forward_run(run->forward, ids, 1, &hidden));
+        states[i] = fetch(DEVICE, &hidden);
+    }
+    assert_memory_equal(states[0], states[1], (size_t)(hidden.rows * hidden.cols) * sizeof(float));
+    free(states[0]);
+    free(states[1]);
+}
+
+static void check_pieces(struct runner run[N_SIDES], const int32_t *ids, const char *name)
+{
+    /* whole; in pieces of the most that is fed at a time, of many, of few, of one */
+    static const int64_t pieces[][8] = {
+        {ROWS, LENGTH - ROWS}, {100, 9, 1, 1, 2, 8, 100, 79}, {1, 1, 1, 1, 1, 1, 30}};
+    for (size_t p = 0; p < N_OF(pieces); p++) {
+        struct difference d = {0};
+        for (int s = 0; s < N_SIDES; s++)
+            forward_begin(run[s].forward, SEQUENCES);
+        for (int64_t i = 0, at = 0; i < 8 && pieces[p][i]; at += pieces[p][i++])
+            step(run, ids, at, pieces[p][i], &d);
+        const double hidden = relative(d.hidden), logits = relative(d.logits), kl = d.kl / (double)d.n;
+        print_message(
+            "%s, %d × %d tokens: hidden states %.2e, logits %.2e, at most %.1e allowed; KL %.2e nats a token, "
+            "at most %.1e allowed\n",
+            name, SEQUENCES, (int)(d.n / SEQUENCES), hidden, logits, l2_bound, kl, kl_bound);
+        assert_true(hidden <= l2_bound && logits <= l2_bound && kl >= -1e-6 && kl <= kl_bound);
+    }
+}
+
+static void check_model(const char *name, const char *folder)
+{
+    static const struct forward_size size = {SEQUENCES, POSITIONS, ROWS};
+    struct model model;
+    struct runner run[N_SIDES];
+    static int32_t ids[SEQUENCES * LENGTH];
+    assert_ok(model_open(&model, folder));
+    assert_ok(model_bind(&model, NULL, NULL));
+    for (int s = 0; s < N_SIDES; s++) {
+        assert_ok(weights_load(&run[s].weights, &model, &side[s]));
+        assert_ok(forward_open(&run[s].forward, &run[s].weights, &size));
+    }
+    make_ids(model.folder, run[CPU].weights.embedding.rows, ids);
+    check_pieces(run, ids, name);
+    check_repeats(&run[DEVICE], ids);
+    for (int s = 0; s < N_SIDES; s++) {
+        forward_close(run[s].forward);
+        weights_free(&run[s].weights);
+    }
+    model_close(&model);
+}
+
+static void check_cuts(const char *name, const char *folder)
+{
+    static const struct quant_scheme schemes[] = {{4, true, 128}, {4, false, 32}, {8, true, 0}};
+    for (size_t i = 0; i < N_OF(schemes); i++) {
+        struct cut_options o = cutting_options(folder, support_path("%s-%zu", name, i));
+        char text[100];
+        snprintf(text, sizeof text, "%s, %d bits%s, group %d", name, schemes[i].bits,
+                 schemes[i].symmetric ? "" : " asymmetric", (int)schemes[i].group);
+        o.recipe.scheme = schemes[i];
+        assert_ok(cutting_run(&o, &cutting_silent));
+        check_model(text, o.out);
+    }
+}
+
+static void test_made_up_model(void **state)
+{
+    (void)state;
+    const char *folder = cutting_model("plain", &tiny_gemma_plain);
+    check_model("made-up", folder);
+    check_cuts("made-up", folder);
+}
+
+static void test_model(void **state)
+{
+    (void)state;
+    if (!model_folder)
+        skip();
+    check_model(model_folder, model_folder);
+    check_cuts("cut", model_folder);
+}
+
+int main(int argc, char **argv)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_teardown(test_made_up_model, parity_clean_up),
+        cmocka_unit_test_teardown(test_model, parity_clean_up),
+    };
+    model_folder = argc > 2 ? argv[2] : NULL;
+    return parity_run(argc, argv, tests, N_OF(tests), support_make_folder, support_remove_folder);
+}
