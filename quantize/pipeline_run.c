@@ -1,0 +1,394 @@
+/* The pipeline at work: what a worker does with a run of rows, and how a tensor begins and ends. */
+#include "quantize/pipeline_impl.h"
+
+#include "base/err.h"
+#include "base/mem.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* --- running -------------------------------------------------------------------------------------------------- */
+
+static int nonfinite_error(const struct pipeline *p, const struct item *it, int64_t index)
+{
+    const int64_t cols = tensor_cols(it->source);
+    return err_set(ERR_FORMAT,
+                   "%s: tensor '%s' has a NaN or an infinity at row %lld, column %lld "
+                   "(--allow-nonfinite takes such weights as 0)",
+                   checkpoint_path(p->checkpoint, it->source), it->source->name, (long long)(index / cols),
+                   (long long)(index % cols));
+}
+
+static bool is_float(enum dtype t)
+{
+    return t == DTYPE_BF16 || t == DTYPE_F16 || t == DTYPE_F32;
+}
+
+/* Copies the task's rows, a piece at a time. */
+static int copy_rows(struct pipeline *p, struct item *it, struct worker *w, int64_t row, int64_t end)
+{
+    const struct tensor *t = it->source;
+    const int64_t cols = tensor_cols(t), piece_rows = tensor_piece_rows(cols, t->dtype);
+    const uint64_t row_bytes = (uint64_t)cols * dtype_bytes(t->dtype);
+    for (; row < end; row += piece_rows) {
+        const int64_t rows = end - row < piece_rows ? end - row : piece_rows;
+        const uint64_t at = (uint64_t)row * row_bytes;
+        const size_t bytes = (size_t)((uint64_t)rows * row_bytes);
+        void *source = w->source.host;
+        const struct mat m = {source, t->dtype, rows, cols, cols};
+        int64_t nonfinite = -1;
+        int rc = checkpoint_read(p->checkpoint, t, at, bytes, source);
+        if (!rc && it->must_be_finite && !p->allow_nonfinite && is_float(t->dtype))
+            rc = w->host.core->find_nonfinite(&w->host, &m, &nonfinite);
+        if (!rc && nonfinite >= 0)
+            rc = nonfinite_error(p, it, row * cols + nonfinite);
+        if (!rc)
+            rc = writer_put(p->writer, it->id, at, source, bytes);
+        if (rc < 0)
+            return rc;
+        it->source_pieces[row / piece_rows] = hash_bytes(source, bytes);
+    }
+    return 0;
+}
+
+/* Hashes the pieces of rows [row, end) that lie in buf. */
+static void hash_rows(const void *buf, int64_t cols, enum dtype dtype, int64_t row, int64_t end,
+                      struct hash128 *pieces)
+{
+    const int64_t piece_rows = tensor_piece_rows(cols, dtype);
+    const size_t row_bytes = (size_t)cols * dtype_bytes(dtype);
+    for (int64_t r = row; r < end; r += piece_rows) {
+        const int64_t rows = end - r < piece_rows ? end - r : piece_rows;
+        pieces[r / piece_rows] =
+            hash_bytes((const char *)buf + (size_t)(r - row) * row_bytes, (size_t)rows * row_bytes);
+    }
+}
+
+/* The worker's memory of a task, as matrices on the device. */
+struct task {
+    struct item *item;
+    struct mat source;
+    struct qmat q;
+};
+
+static struct task describe_task(struct item *it, const struct worker *w, int64_t rows)
+{
+    const struct quant_scheme s = it->linear->scheme;
+    const int64_t cols = it->source->shape[1], words = quant_packed_cols(s, cols),
+                  groups = quant_groups(s, cols);
+    return (struct task){
+        .item = it,
+        .source = {w->source.device, it->source->dtype, rows, cols, cols},
+        .q = {.packed = {w->packed.device, DTYPE_I32, rows, words, words},
+              .scales = {w->scales.device, DTYPE_BF16, rows, groups, groups},
+              .zeros = {s.symmetric ? NULL : w->zeros.device, DTYPE_I8, rows, groups, groups},
+              .bits = s.bits,
+              .group = s.group ? s.group : cols,
+              .cols = cols}};
+}
+
+/* Rows [row, row + n) of the task: scales, codes, and what the codes give back. Enqueues only. */
+static int quantize_block(const struct pipeline *p, const struct worker *w, const struct task *t, int64_t row,
+                          int64_t n)
+{
+    const struct backend *b = &w->backend;
+    const struct mat block = mat_rows(&t->source, row, n);
+    const struct mat restored = {w->restored.ptr, DTYPE_BF16, n, block.cols, block.cols};
+    struct block_stats *stats = w->stats.device;
+    struct qmat q = t->q;
+    q.packed = mat_rows(&t->q.packed, row, n);
+    q.scales = mat_rows(&t->q.scales, row, n);
+    if (q.zeros.data)
+        q.zeros = mat_rows(&t->q.zeros, row, n);
+    int rc = p->allow_nonfinite ? b->core->zero_nonfinite(b, &block, &stats->first_nonfinite)
+                                : b->core->find_nonfinite(b, &block, &stats->first_nonfinite);
+    if (!rc)
+        rc = b->quant->find_scales(b, &block, &p->scales, &q);
+    if (!rc)
+        rc = b->quant->quantize(b, &block, &q);
+    if (!rc)
+        rc = b->quant->dequantize(b, &q, &restored);
+    if (!rc)
+        rc = b->core->squared_error(b, &block, &restored, stats->squares);
+    if (!rc)
+        rc = b->core->stage_out(b, &w->stats, 0, sizeof *stats);
+    return rc < 0 ? err_context(rc, "tensor '%s'", t->item->source->name) : 0;
+}
+
+/* What the kernels found in rows that begin at first_row of the tensor. */
+static int settle_block(struct pipeline *p, struct item *it, const struct block_stats *stats,
+                        int64_t first_row, double squares[2])
+{
+    squares[0] += stats->squares[0];
+    squares[1] += stats->squares[1];
+    if (!p->allow_nonfinite)
+        return stats->first_nonfinite < 0
+                   ? 0
+                   : nonfinite_error(p, it, first_row * it->source->shape[1] + stats->first_nonfinite);
+    pthread_mutex_lock(&p->lock);
+    it->n_nonfinite += stats->first_nonfinite;
+    pthread_mutex_unlock(&p->lock);
+    return 0;
+}
+
+/* Codes, scales and zero points back to the host, and the scales to their place in the whole tensor. */
+static int collect_scales(const struct worker *w, const struct task *t, int64_t row)
+{
+    struct item *it = t->item;
+    const struct core_ops *core = w->backend.core;
+    const size_t n = (size_t)(t->q.scales.rows * t->q.scales.cols), at = (size_t)(row * t->q.scales.cols);
+    int rc = core->stage_out(&w->backend, &w->packed, 0,
+                             (size_t)(t->q.packed.rows * t->q.packed.cols) * sizeof(uint32_t));
+    if (!rc)
+        rc = core->stage_out(&w->backend, &w->scales, 0, n * sizeof *it->scales);
+    if (!rc && it->zeros)
+        rc = core->stage_out(&w->backend, &w->zeros, 0, n);
+    if (rc < 0)
+        return rc;
+    memcpy(it->scales + at, w->scales.host, n * sizeof *it->scales);
+    if (it->zeros)
+        memcpy(it->zeros + at, w->zeros.host, n);
+    return 0;
+}
+
+static int quantize_rows(struct pipeline *p, struct item *it, struct worker *w, int64_t row, int64_t end,
+                         double squares[2])
+{
+    const struct tensor *t = it->source;
+    const struct task task = describe_task(it, w, end - row);
+    const int64_t words = task.q.packed.cols;
+    const uint64_t row_bytes = (uint64_t)t->shape[1] * dtype_bytes(t->dtype);
+    const size_t bytes = (size_t)((uint64_t)(end - row) * row_bytes);
+    const int64_t block = pipeline_block_rows(p, row_bytes, end - row);
+    int rc = checkpoint_read(p->checkpoint, t, (uint64_t)row * row_bytes, bytes, w->source.host);
+    if (!rc)
+        rc = w->backend.core->stage_in(&w->backend, &w->source, 0, bytes);
+    if (rc < 0)
+        return rc;
+    hash_rows(w->source.host, t->shape[1], t->dtype, row, end, it->source_pieces);
+    squares[0] = squares[1] = 0;
+    for (int64_t r = row; !rc && r < end; r += block) {
+        rc = quantize_block(p, w, &task, r - row, end - r < block ? end - r : block);
+        if (!rc)
+            rc = settle_block(p, it, w->stats.host, r, squares);
+    }
+    if (!rc)
+        rc = collect_scales(w, &task, row);
+    if (rc < 0)
+        return rc;
+    hash_rows(w->packed.host, words, DTYPE_I32, row, end, it->packed_pieces);
+    return writer_put(p->writer, it->id, (uint64_t)(row * words) * 4, w->packed.host,
+                      (size_t)((end - row) * words) * 4);
+}
+
+/* --- a tensor's beginning and end ------------------------------------------------------------------------------ */
+
+static int begin_item(struct item *it)
+{
+    const struct tensor *t = it->source;
+    const int64_t rows = tensor_rows(t), cols = tensor_cols(t);
+    it->tasks_left = it->n_tasks;
+    it->source_pieces = mem_alloc((size_t)pipeline_pieces(rows, tensor_piece_rows(cols, t->dtype)),
+                                  sizeof *it->source_pieces, "tensor hashes");
+    if (!it->source_pieces)
+        return ERR_MEMORY;
+    if (!it->linear)
+        return 0;
+    const struct quant_scheme s = it->linear->scheme;
+    const size_t n_scales = (size_t)(rows * quant_groups(s, cols));
+    const int64_t words = quant_packed_cols(s, cols);
+    it->packed_pieces = mem_alloc((size_t)pipeline_pieces(rows, tensor_piece_rows(words, DTYPE_I32)),
+                                  sizeof *it->packed_pieces, "tensor hashes");
+    it->squares = mem_alloc(2 * it->n_tasks, sizeof *it->squares, "weight errors");
+    it->scales = mem_alloc(n_scales, sizeof *it->scales, "scales");
+    if (!s.symmetric)
+        it->zeros = mem_alloc(n_scales, sizeof *it->zeros, "zero points");
+    if (it->packed_pieces && it->squares && it->scales && (s.symmetric || it->zeros))
+        return 0;
+    pipeline_release(it); /* another worker that is about to enter must not take it for begun */
+    return ERR_MEMORY;
+}
+
+/* Writes a whole small tensor and returns its hash. shape: rows and columns, or columns alone. */
+static int put_whole(struct pipeline *p, size_t id, const void *data, enum dtype dtype, int n_dims,
+                     const int64_t *shape, struct hash128 *hash)
+{
+    const int64_t rows = n_dims == 2 ? shape[0] : 1, cols = shape[n_dims - 1];
+    const size_t n = (size_t)pipeline_pieces(rows, tensor_piece_rows(cols, dtype));
+    struct hash128 *pieces = mem_alloc(n, sizeof *pieces, "tensor hashes");
+    if (!pieces)
+        return ERR_MEMORY;
+    hash_rows(data, cols, dtype, 0, rows, pieces);
+    const int rc = tensor_hash_combine(pieces, n, dtype, n_dims, shape, hash);
+    free(pieces);
+    return rc ? rc : writer_put(p->writer, id, 0, data, (size_t)(rows * cols) * dtype_bytes(dtype));
+}
+
+/* Zero points on disk: packed along the rows, 32/bits of them in a word, as q + 2^(bits−1). */
+static int put_zeros(struct pipeline *p, struct item *it, struct hash128 *hash)
+{
+    const struct quant_scheme s = it->linear->scheme;
+    const int64_t rows = it->source->shape[0], groups = quant_groups(s, it->source->shape[1]);
+    const int64_t word_rows = quant_zero_rows(s, rows), per_word = 32 / s.bits;
+    uint32_t *words = mem_alloc((size_t)(word_rows * groups), sizeof *words, "zero points");
+    if (!words)
+        return ERR_MEMORY;
+    const uint32_t offset = 1u << (s.bits - 1), mask = (1u << s.bits) - 1;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t g = 0; g < groups; g++)
+            words[r / per_word * groups + g] |= (((uint32_t)it->zeros[r * groups + g] + offset) & mask)
+                                                << r % per_word * s.bits;
+    const int rc = put_whole(p, it->zero_id, words, DTYPE_I32, 2, (int64_t[]){word_rows, groups}, hash);
+    free(words);
+    return rc;
+}
+
+static int finish_linear(struct pipeline *p, struct item *it, struct hash128 source_hash)
+{
+    const struct quant_scheme s = it->linear->scheme;
+    const int64_t rows = it->source->shape[0], cols = it->source->shape[1], groups = quant_groups(s, cols);
+    const size_t packed_pieces =
+        (size_t)pipeline_pieces(rows, tensor_piece_rows(quant_packed_cols(s, cols), DTYPE_I32));
+    struct written_tensor *out = &p->written[it->written];
+    double error = 0, reference = 0;
+    for (size_t i = 0; i < it->n_tasks; i++) {
+        error += it->squares[2 * i];
+        reference += it->squares[2 * i + 1];
+    }
+    struct cut_linear *cut = &p->linears[it->cut];
+    cut->source_hash = source_hash;
+    cut->error = reference > 0 ? sqrt(error / reference) : 0;
+    cut->n_nonfinite = it->n_nonfinite;
+    int rc = tensor_hash_combine(it->packed_pieces, packed_pieces, DTYPE_I32, 2,
+                                 (int64_t[]){rows, quant_packed_cols(s, cols)}, &out[0].hash);
+    if (!rc)
+        rc = put_whole(p, it->scale_id, it->scales, DTYPE_BF16, 2, (int64_t[]){rows, groups}, &out[1].hash);
+    if (!rc)
+        rc = put_whole(p, it->shape_id, (int64_t[]){rows, cols}, DTYPE_I64, 1, (int64_t[]){2}, &out[2].hash);
+    if (!rc && !s.symmetric)
+        rc = put_zeros(p, it, &out[3].hash);
+    return rc;
+}
+
+static int finish_item(struct pipeline *p, struct item *it)
+{
+    const struct tensor *t = it->source;
+    const size_t n =
+        t->bytes ? (size_t)pipeline_pieces(tensor_rows(t), tensor_piece_rows(tensor_cols(t), t->dtype)) : 0;
+    struct hash128 hash;
+    int rc = tensor_hash_combine(it->source_pieces, n, t->dtype, t->n_dims, t->shape, &hash);
+    if (!rc && it->linear)
+        rc = finish_linear(p, it, hash);
+    else if (!rc)
+        p->written[it->written].hash = hash;
+    pipeline_release(it);
+    return rc;
+}
+
+static struct item *find_item(struct pipeline *p, size_t task)
+{
+    size_t low = 0, high = p->n_items; /* the last item whose first task is not after this one */
+    while (high - low > 1) {
+        const size_t middle = (low + high) / 2;
+        if (p->items[middle].first_task <= task)
+            low = middle;
+        else
+            high = middle;
+    }
+    return &p->items[low];
+}
+
+/* By each worker for itself, with its first task: pinning memory takes a while, in which others can read. */
+static int open_worker(const struct pipeline *p, struct worker *w)
+{
+    const struct backend *b = p->backend;
+    int rc = backend_open_beside(&w->backend, b);
+    if (!rc)
+        rc = backend_open(&w->host, "cpu", 1);
+    const struct {
+        struct staged_buf *place;
+        size_t bytes;
+        const char *what;
+    } needs[] = {{&w->source, p->source_run, "rows of a tensor"},
+                 {&w->packed, p->packed_run, "codes"},
+                 {&w->scales, 2 * p->scale_run, "scales"},
+                 {&w->zeros, p->scale_run, "zero points"},
+                 {&w->stats, sizeof(struct block_stats), "weight errors"}};
+    for (size_t i = 0; !rc && i < sizeof needs / sizeof *needs; i++)
+        if (needs[i].bytes)
+            rc = b->core->acquire_staging(&w->backend, needs[i].bytes, needs[i].what, needs[i].place);
+    return rc || !p->block_run
+               ? rc
+               : b->core->acquire(&w->backend, p->block_run, "dequantized rows", &w->restored);
+}
+
+static int run_task(void *arg, size_t task, int worker)
+{
+    struct pipeline *p = arg;
+    struct item *it = find_item(p, task);
+    struct worker *w = &p->workers[worker];
+    const size_t part = task - it->first_task;
+    const int64_t rows = tensor_rows(it->source), row = (int64_t)part * it->task_rows;
+    const int64_t end = rows - row < it->task_rows ? rows : row + it->task_rows;
+    int rc = w->backend.state ? 0 : open_worker(p, w);
+    pthread_mutex_lock(&p->lock);
+    if (!rc && !it->source_pieces)
+        rc = begin_item(it);
+    pthread_mutex_unlock(&p->lock);
+    if (!rc)
+        rc = it->linear ? quantize_rows(p, it, w, row, end, it->squares + 2 * part)
+                        : copy_rows(p, it, w, row, end);
+    if (rc < 0)
+        return rc;
+    pthread_mutex_lock(&p->lock);
+    const bool last = --it->tasks_left == 0;
+    if (p->events->on_bytes)
+        p->events->on_bytes(p->events->ctx, (uint64_t)(end - row) * (uint64_t)tensor_cols(it->source) *
+                                                dtype_bytes(it->source->dtype));
+    pthread_mutex_unlock(&p->lock);
+    if (!last)
+        return 0;
+    rc = finish_item(p, it);
+    if (!rc && it->linear && p->events->on_linear) {
+        pthread_mutex_lock(&p->lock);
+        p->events->on_linear(p->events->ctx, it->source->name, p->linears[it->cut].error);
+        pthread_mutex_unlock(&p->lock);
+    }
+    return rc;
+}
+
+static void close_worker(struct worker *w)
+{
+    if (!w->backend.state)
+        return;
+    struct staged_buf *const pieces[] = {&w->source, &w->packed, &w->scales, &w->zeros, &w->stats};
+    for (size_t i = 0; i < sizeof pieces / sizeof *pieces; i++)
+        if (pieces[i]->host)
+            w->backend.core->release_staging(&w->backend, pieces[i]);
+    if (w->restored.ptr)
+        w->backend.core->release(&w->backend, &w->restored);
+    backend_close(&w->backend);
+    backend_close(&w->host);
+}
+
+int pipeline_run(struct pipeline *p, struct parallel *pool, const struct backend *b,
+                 const struct pipeline_events *events)
+{
+    const size_t n_workers = (size_t)parallel_workers(pool);
+    p->events = events;
+    p->workers = mem_alloc(n_workers, sizeof *p->workers, "workers");
+    p->backend = b;
+    int rc = p->workers ? 0 : ERR_MEMORY;
+    if (!rc)
+        rc = parallel_for(pool, p->n_tasks, run_task, p);
+    /* tensors without a single element have no task, but a hash all the same */
+    for (size_t i = 0; !rc && i < p->n_items; i++)
+        if (!p->items[i].n_tasks)
+            rc = finish_item(p, &p->items[i]);
+    for (size_t i = 0; p->workers && i < n_workers; i++)
+        close_worker(&p->workers[i]);
+    free(p->workers);
+    p->workers = NULL;
+    return rc;
+}
