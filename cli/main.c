@@ -23,6 +23,7 @@ static const struct command commands[] = {
     {"verify", cmd_verify, "check that a cut is what it says, and how far it is from the original"},
     {"eval", cmd_eval, "measure a model: perplexity"},
     {"generate", cmd_generate, "run a model, BF16 or cut"},
+    {"bench", cmd_bench, "measure speed here, beside what the machine can do"},
     {"help", cmd_help, "explain a command"},
 };
 

@@ -6,9 +6,10 @@
 #include <math.h>
 
 static const enum dtype float_types[] = {DTYPE_BF16, DTYPE_F16, DTYPE_F32};
-static const int64_t slacks[] = {0, 8,
-                                 3};  /* whole pieces of 16 bytes, with gaps or without; and no alignment */
-static const double act_bound = 5e-3; /* BF16 has 8 bits: 1.1e-3 for rounding alone */
+/* Gaps between rows: whole pieces of 16 bytes with and without them; and no alignment. */
+static const int64_t slacks[] = {0, 8, 3};
+/* Rounding to BF16 alone: 1.6e-3, of one element at most 3.9e-3. */
+static const double act_bound = 5e-3;
 
 /* --- embed ------------------------------------------------------------------------------------------------------ */
 
@@ -251,7 +252,8 @@ static void test_geglu(void **state)
     for (size_t i = 0; i < N_OF(widths) * N_OF(heights) * 3 * 2; i++) {
         const int64_t cols = widths[i % 7], rows = heights[i / 7 % 3], slack = slacks[i / 21 % 3];
         const bool in_place = i / 63;
-        struct twin both = twin_random(ACT, rows, 2 * cols, slack, 6),
+        /* beyond −3 the CPU's 1 + tanh loses digits (test_geglu_extremes allows for that) */
+        struct twin both = twin_random(ACT, rows, 2 * cols, slack, 3),
                     out = twin_make(ACT, rows, cols, slack);
         struct geglu_args a = {twin_cols(&both, 0, cols), twin_cols(&both, cols, cols), out};
         char text[100];

@@ -6,7 +6,7 @@
 
 static const enum dtype float_types[] = {DTYPE_BF16, DTYPE_F16, DTYPE_F32};
 
-/* To F32: the same terms, added up in FP32 in another order. To activations: their rounding, 1.1e-3 for BF16. */
+/* To F32: the same terms, added up in FP32 in another order. To activations: their rounding, 1.6e-3 for BF16. */
 static const double f32_bound = 2e-5, act_bound = 5e-3;
 
 /* --- gemm and q_gemm -------------------------------------------------------------------------------------------- */

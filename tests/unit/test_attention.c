@@ -1,5 +1,6 @@
-/* Rotary positions, the split of queries, keys and values, and attention, against the plainest implementation in double that the
- * description in kernels/backend.h allows. Each case runs with one, two and three threads, which must give the same bytes. */
+/* Rotary positions, the split of queries, keys and values, and attention, against the plainest implementation in double
+ * that the description in kernels/backend.h allows. Each case runs with one, two and three threads, which must give the
+ * same bytes. */
 #include "tests/unit/forward_support.h"
 #include "tests/unit/naive.h"
 

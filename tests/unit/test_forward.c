@@ -138,7 +138,7 @@ static void test_batch(void **state)
     check_batch("cut", cut());
 }
 
-/* --- what is told, taken and refused -------------------------------------------------------------------------------- */
+/* --- what is told, taken and refused ---------------------------------------------------------------------------- */
 
 struct seen {
     int layers;

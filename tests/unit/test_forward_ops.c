@@ -1,5 +1,6 @@
-/* The element-wise operations of the forward pass and the comparison of logits, against the plainest implementation in double that the
- * description in kernels/backend.h allows. Each case runs with one, two and three threads, which must give the same bytes. */
+/* The element-wise operations of the forward pass and the comparison of logits, against the plainest implementation in
+ * double that the description in kernels/backend.h allows. Each case runs with one, two and three threads, which must
+ * give the same bytes. */
 #include "tests/unit/forward_support.h"
 #include "tests/unit/naive.h"
 
@@ -117,7 +118,7 @@ static void test_rms_norm_of_heads(void **state)
     print_outcome(&o);
 }
 
-/* --- add_norm ------------------------------------------------------------------------------------------------------ */
+/* --- add_norm --------------------------------------------------------------------------------------------------- */
 
 struct add_args {
     const struct mat *branch, *branch_norm, *x, *next_norm, *sum; /* sum: where x is worked on */

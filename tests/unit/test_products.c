@@ -1,5 +1,5 @@
-/* The products of the forward pass, plain and packed, against the plainest implementation in double that the
- * description in kernels/backend.h allows. Each case runs with one, two and three threads, which must give the same bytes. */
+/* The products of the forward pass, plain and packed, against the plainest implementation in double that the description
+ * in kernels/backend.h allows. Each case runs with one, two and three threads, which must give the same bytes. */
 #include "tests/unit/forward_support.h"
 #include "tests/unit/naive.h"
 

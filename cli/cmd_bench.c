@@ -1,0 +1,205 @@
+/* gemcut bench: how fast it is here, beside what this machine can do. */
+#include "cli/cmd.h"
+
+#include "base/err.h"
+#include "cli/bench.h"
+#include "cli/opt.h"
+#include "cli/output.h"
+
+#include <string.h>
+
+struct args {
+    const char *what, *group_size;
+    int shape, method, scheme, scales;
+    struct bench bench;
+    struct output_options output;
+};
+
+static const char *const checks[] = {"auto", "yes", "no", NULL};
+static const char *const methods[] = {"rtn", NULL};
+static const char *const schemes[] = {"w4a16", "w4a16-asym", "w8a16", NULL};
+static const char *const scale_rules[] = {"range", "absmax", "mse", NULL};
+
+static const struct opt_arg positional[] = {
+    {.name = "WHAT",
+     .offset = OPT_OFFSET(struct args, what, const char *),
+     .help =
+         "ops: every operation of the device; prefill, decode: the forward pass; quantize: the whole job"},
+};
+
+static const struct opt options[] = {
+    {OPT_SECTION("Model")},
+    {.name = "shape",
+     OPT_TO_CHOICE(struct args, shape),
+     .value = "NAME",
+     .choices = bench_shape_names,
+     .initial = "gemma-3-4b",
+     .help = "whose sizes; the weights are made up"},
+    {.name = "seed",
+     OPT_TO_INT(struct args, bench.seed),
+     .value = "N",
+     .initial = "0",
+     .min = 0,
+     .max = INT64_MAX,
+     .help = "of the made-up weights"},
+    {.name = "dir",
+     OPT_TO_STRING(struct args, bench.dir),
+     .value = "DIR",
+     .initial_note = "$TMPDIR or /tmp; for prefill and decode /dev/shm, where the model fits",
+     .help = "where a checkpoint is made, and a cut of it; both are removed at the end"},
+    {.name = "keep",
+     OPT_TO_STRING(struct args, bench.keep),
+     .value = "DIR",
+     .help = "make the checkpoint in this folder and leave it, or use the one that is there"},
+    {OPT_SECTION("Measurement")},
+    {.name = "rounds",
+     OPT_TO_INT(struct args, bench.rounds),
+     .value = "N",
+     .min = 1,
+     .max = 10000,
+     .initial_note = "ops and prefill 10, on the CPU 3; quantize and decode 3",
+     .help = "times that everything is measured"},
+    {.name = "tokens",
+     OPT_TO_INT(struct args, bench.tokens),
+     .value = "N",
+     .min = 1,
+     .max = 1 << 20,
+     .initial_note = "ops 16384, on the CPU 512; prefill 2048, on the CPU 512; decode 128",
+     .help = "ops: rows of activations; prefill: tokens of a sequence; decode: tokens written"},
+    {.name = "sequences",
+     OPT_TO_INT(struct args, bench.sequences),
+     .value = "N",
+     .min = 1,
+     .max = 4096,
+     .initial_note = "8, on the CPU 1",
+     .help = "prefill: sequences at a time"},
+    {.name = "check",
+     OPT_TO_CHOICE(struct args, bench.check),
+     .choices = checks,
+     .initial = "auto",
+     .help =
+         "compare with the CPU's result first; auto: always for ops, for prefill and decode up to 2 billion "
+         "parameters"},
+    {OPT_SECTION("Quantizing, for quantize and decode --cut")},
+    {.name = "cut", OPT_TO_FLAG(struct args, bench.cut), .help = "decode: with the weights of a cut"},
+    {.name = "method",
+     OPT_TO_CHOICE(struct args, method),
+     .choices = methods,
+     .initial = "rtn",
+     .help = "as in quantize, like the next three"},
+    {.name = "scheme",
+     OPT_TO_CHOICE(struct args, scheme),
+     .choices = schemes,
+     .initial = "w4a16",
+     .help = "bits of the weights"},
+    {.name = "group-size",
+     OPT_TO_STRING(struct args, group_size),
+     .value = "N",
+     .initial = "128",
+     .help = "columns that share a scale"},
+    {.name = "scales",
+     OPT_TO_CHOICE(struct args, scales),
+     .choices = scale_rules,
+     .initial = "range",
+     .help = "how scales are chosen"},
+    {.name = "no-verify",
+     OPT_TO_FLAG(struct args, bench.no_verify),
+     .help = "quantize: do not read the result back"},
+    MACHINE_OPTS(struct args, bench.machine),
+    OUTPUT_OPTS(struct args, output),
+};
+
+static const struct opt_spec spec = {
+    .command = "gemcut bench",
+    .summary =
+        "Measures speed on made-up weights of a real model's shape, beside what the machine can do, measured in "
+        "the same run. Results are compared with the CPU's first; exit code 1 when they differ.",
+    .args = positional,
+    .n_args = 1,
+    .opts = options,
+    .n_opts = sizeof options / sizeof *options,
+    .epilogue = "Examples:\n"
+                "  gemcut bench quantize --shape gemma-3-1b\n"
+                "  gemcut bench ops --json\n"
+                "  gemcut bench decode --shape gemma-3-270m --cut\n",
+};
+
+static const struct part {
+    const char *name;
+    int (*run)(const struct bench *q);
+} parts[] = {
+    {"ops", bench_ops}, {"prefill", bench_prefill}, {"decode", bench_decode}, {"quantize", bench_quantize}};
+
+enum { N_PARTS = sizeof parts / sizeof *parts };
+
+static int find_part(const struct part **out, const char *name)
+{
+    const char *known[N_PARTS];
+    for (size_t i = 0; i < N_PARTS; i++) {
+        known[i] = parts[i].name;
+        if (!strcmp(name, known[i])) {
+            *out = &parts[i];
+            return 0;
+        }
+    }
+    struct text t = {0};
+    text_printf(&t, "cannot measure '%s'", name);
+    opt_suggest(&t, name, "", known, N_PARTS);
+    const int rc = text_finish(&t) < 0 ? ERR_MEMORY : err_set(ERR_USAGE, "%s", t.data);
+    text_free(&t);
+    return rc;
+}
+
+/* An option that says nothing to this measurement was a mistake. */
+static int refuse_foreign(const struct bench *q)
+{
+    const struct {
+        const char *option;
+        bool given;
+        const char *parts[3];
+    } rules[] = {
+        {"tokens", q->tokens > 0, {"ops", "prefill", "decode"}},
+        {"sequences", q->sequences > 0, {"prefill"}},
+        {"cut", q->cut, {"decode"}},
+        {"no-verify", q->no_verify, {"quantize"}},
+        {"dir", q->dir != NULL, {"prefill", "decode", "quantize"}},
+        {"keep", q->keep != NULL, {"prefill", "decode", "quantize"}},
+    };
+    for (size_t i = 0; i < sizeof rules / sizeof *rules; i++) {
+        bool fits = !rules[i].given;
+        for (size_t k = 0; k < 3 && rules[i].parts[k]; k++)
+            fits = fits || !strcmp(q->what, rules[i].parts[k]);
+        if (!fits)
+            return err_set(ERR_USAGE, "option '--%s' is not for '%s'", rules[i].option, q->what);
+    }
+    return 0;
+}
+
+static int make_recipe(const struct args *a, struct recipe *r)
+{
+    *r = (struct recipe){.method = methods[a->method], .ragged = RAGGED_SMALLER};
+    int rc = recipe_parse_scheme(schemes[a->scheme], &r->scheme);
+    if (!rc)
+        rc = recipe_parse_group(a->group_size, &r->scheme.group);
+    return rc ? rc : recipe_parse_scales(scale_rules[a->scales], &r->scales.rule);
+}
+
+int cmd_bench(int argc, char **argv)
+{
+    struct args a = {0};
+    const struct part *part = NULL;
+    int rc = cmd_begin(&spec, argc, argv, &a, &a.output);
+    if (rc)
+        return rc;
+    rc = find_part(&part, a.what);
+    if (rc < 0)
+        return rc;
+    a.bench.what = part->name;
+    a.bench.shape = bench_shape(a.shape);
+    rc = refuse_foreign(&a.bench);
+    if (!rc)
+        rc = make_recipe(&a, &a.bench.recipe);
+    if (!rc)
+        rc = machine_begin(&a.bench.machine);
+    return rc ? rc : part->run(&a.bench);
+}

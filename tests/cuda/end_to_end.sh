@@ -1,0 +1,232 @@
+#!/usr/bin/env bash
+# The program on a GPU against the program on the CPU: the same bytes of every cut, nearly the same numbers, and what is
+# refused or interrupted leaves nothing behind.
+#   tests/cuda/end_to_end.sh GEMCUT MODEL [TEXT]
+# TEXT: UTF-8 to run on, by default what ships with gemcut. DEVICE names another device than cuda:0. Exit code 77
+# (skipped) only where a CUDA device is asked for and the machine has none at all.
+set -euo pipefail
+device=${DEVICE:-cuda:0}
+if [[ $device == cuda* && ! -e /dev/nvidiactl ]]; then
+    echo "not run: this machine has no GPU (no /dev/nvidiactl)"
+    exit 77
+fi
+gemcut=$(realpath "$1") model=$(realpath "$2") text=()
+[ $# -gt 2 ] && text=(--text "$(realpath "$3")")
+cd "$(dirname "$0")/../.."
+tmp=$(mktemp -d)
+trap 'rm -rf "$tmp"' EXIT
+passed=0 failed=0
+
+check() { # check NAME COMMAND…
+    local name=$1
+    shift
+    if "$@" >"$tmp/log" 2>&1; then
+        passed=$((passed + 1))
+        echo "ok      $name: $(tail -n 1 "$tmp/log")"
+    else
+        failed=$((failed + 1))
+        echo "FAILED  $name"
+        tail -n 40 "$tmp/log"
+    fi
+}
+
+# --- cuts -------------------------------------------------------------------------------------------------------------
+
+# Weights and config.json of two cuts are the same bytes (gemcut.json names the backend).
+same_weights() { # same_weights A B
+    local a=$1 b=$2 file n=0
+    diff <(cd "$a" && ls) <(cd "$b" && ls) || return 1
+    for file in "$a"/*.safetensors "$a"/config.json; do
+        cmp "$file" "$b/${file##*/}" || return 1
+        n=$((n + 1))
+    done
+    echo "$n files, the same bytes"
+}
+
+made_by() { # made_by CUT BACKEND: not by another one in silence
+    grep "\"backend\": \"$2\"" "$1/gemcut.json"
+}
+
+cut() { # cut NAME [OPTION…]: on the CPU once, on the device three times
+    local name=$1
+    shift
+    rm -rf "$tmp"/cut-*
+    "$gemcut" quantize "$model" "$tmp/cut-cpu" -q --device cpu "$@" || return 1
+    "$gemcut" quantize "$model" "$tmp/cut-1" -q --device "$device" "$@" || return 1
+    "$gemcut" quantize "$model" "$tmp/cut-2" -q --device "$device" "$@" || return 1
+    "$gemcut" quantize "$model" "$tmp/cut-3" -q --device "$device" --threads 1 "$@" || return 1
+    made_by "$tmp/cut-1" "${device%%:*}" || return 1
+    diff -r "$tmp/cut-1" "$tmp/cut-2" || return 1
+    diff -r "$tmp/cut-1" "$tmp/cut-3" || return 1
+    [ ! -e "$tmp/cut-1.partial" ] || return 1
+    same_weights "$tmp/cut-cpu" "$tmp/cut-1" || return 1
+}
+
+for scales in range absmax mse; do
+    check "cut: $scales" cut "$scales" --scales $scales
+    check "cut: $scales, positive, group 32" cut "$scales-32" --scales $scales --scale-sign positive --group-size 32
+done
+check "cut: w4a16-asym, group 64" cut asym --scheme w4a16-asym --group-size 64
+check "cut: w4a16-asym, mse, channel" cut asym-mse --scheme w4a16-asym --scales mse --group-size channel
+check "cut: w8a16" cut w8 --scheme w8a16
+check "cut: w8a16, mse, group 32" cut w8-mse --scheme w8a16 --scales mse --group-size 32
+check "cut: channel" cut channel --group-size channel
+check "cut: small shards, mixed" cut mixed --shard-size 4MB --override '*self_attn.q_proj=w8a16,64' \
+    --ignore '*layers.2.mlp.down_proj'
+check "cut: within 2 GiB" cut budget --memory 2GiB
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+value() { # value FILE KEY…: a number or text of a JSON report
+    python3 -c '
+import json, sys
+v = json.load(open(sys.argv[1]))
+for key in sys.argv[2:]:
+    v = v[key]
+print(v)' "$@"
+}
+
+near() { # near A B RELATIVE ABSOLUTE
+    python3 -c '
+import sys
+a, b, relative, absolute = map(float, sys.argv[1:])
+print(f"{a:.6g} and {b:.6g}, at most {relative:g} of it + {absolute:g} apart")
+sys.exit(not abs(a - b) <= relative * abs(b) + absolute)' "$@"
+}
+
+on_device() { # on_device FILE: the report is of the device that was asked for
+    [ "$(value "$1" device)" = "$device" ] || { echo "ran on $(value "$1" device)"; return 1; }
+}
+
+verify() { # verify CUT
+    local options=(--against "$model" --json --windows 4 --length 256 "${text[@]}")
+    "$gemcut" verify "$1" "${options[@]}" --device cpu >"$tmp/cpu.json" || return 1
+    "$gemcut" verify "$1" "${options[@]}" --device "$device" >"$tmp/device.json" || return 1
+    "$gemcut" verify "$1" "${options[@]}" --device "$device" >"$tmp/again.json" || return 1
+    on_device "$tmp/device.json" || return 1
+    cmp "$tmp/device.json" "$tmp/again.json" || return 1
+    [ "$(value "$tmp/device.json" ok)" = True ] || return 1
+    near "$(value "$tmp/device.json" mean_weight_error)" "$(value "$tmp/cpu.json" mean_weight_error)" 1e-5 0 || return 1
+    near "$(value "$tmp/device.json" behaviour kl_mean)" "$(value "$tmp/cpu.json" behaviour kl_mean)" 0.02 1e-3
+}
+
+eval_model() { # eval_model MODEL
+    local options=(--json --windows 4 --length 512 "${text[@]}")
+    "$gemcut" eval "$1" "${options[@]}" --device cpu >"$tmp/cpu.json" || return 1
+    "$gemcut" eval "$1" "${options[@]}" --device "$device" >"$tmp/device.json" || return 1
+    "$gemcut" eval "$1" "${options[@]}" --device "$device" >"$tmp/again.json" || return 1
+    on_device "$tmp/device.json" || return 1
+    cmp "$tmp/device.json" "$tmp/again.json" || return 1
+    near "$(value "$tmp/device.json" perplexity)" "$(value "$tmp/cpu.json" perplexity)" 0.005 0
+}
+
+generate() { # generate MODEL [OPTION…]: the same tokens twice
+    local i
+    for i in 1 2; do
+        "$gemcut" generate "$1" -p "The old house by the river" -n 48 --json --device "$device" "${@:2}" \
+            >"$tmp/text-$i.json" || return 1
+        on_device "$tmp/text-$i.json" || return 1
+    done
+    [ "$(value "$tmp/text-1.json" new_tokens)" -gt 0 ] || return 1
+    [ "$(value "$tmp/text-1.json" tokens)" = "$(value "$tmp/text-2.json" tokens)" ] || return 1
+    value "$tmp/text-1.json" text | tr '\n' ' '
+}
+
+"$gemcut" quantize "$model" "$tmp/g128" -q --device "$device"
+"$gemcut" quantize "$model" "$tmp/asym" -q --device "$device" --scheme w4a16-asym --group-size 32
+"$gemcut" quantize "$model" "$tmp/w8" -q --device "$device" --scheme w8a16 --group-size channel
+for name in g128 asym w8; do
+    check "verify: $name" verify "$tmp/$name"
+done
+for name in "$model" "$tmp/g128" "$tmp/asym" "$tmp/w8"; do
+    check "eval: ${name##*/}" eval_model "$name"
+    check "generate: ${name##*/}, greedy" generate "$name" --temperature 0 --ignore-eos
+    check "generate: ${name##*/}, sampled" generate "$name" --seed 7 --ignore-eos
+done
+
+# --- refused ----------------------------------------------------------------------------------------------------------
+
+refused() { # refused WORD ARGUMENT…: exit code 3, one line on stderr that holds the word, nothing left behind
+    local word=$1 code=0
+    shift
+    (cd "$tmp" && "$gemcut" "$@" -q >"$tmp/stdout" 2>"$tmp/stderr") || code=$?
+    cat "$tmp/stderr"
+    if [ $code != 3 ]; then
+        echo "exit code $code, expected 3"
+        return 1
+    fi
+    if [ "$(wc -l <"$tmp/stderr")" != 1 ] || [[ $(cat "$tmp/stderr") != gemcut:*$word* ]]; then
+        echo "expected one line with '$word'"
+        return 1
+    fi
+    [ ! -s "$tmp/stdout" ] && [ ! -e "$tmp/refused" ] && [ ! -e "$tmp/refused.partial" ]
+}
+
+for wrong in cuda:99 abacus; do
+    check "quantize on $wrong" refused "$wrong" quantize "$model" refused --device $wrong
+    check "verify on $wrong" refused "$wrong" verify "$tmp/g128" --against "$model" --device $wrong
+    check "eval on $wrong" refused "$wrong" eval "$tmp/g128" --device $wrong
+    check "generate on $wrong" refused "$wrong" generate "$tmp/g128" -p x --device $wrong
+done
+for size in 1 64KiB; do
+    check "quantize within $size" refused memory quantize "$model" refused --device "$device" --memory $size
+done
+for size in 1 64KiB 1MiB; do
+    check "verify within $size" refused memory verify "$tmp/g128" --against "$model" --device "$device" --memory $size
+    check "eval within $size" refused memory eval "$tmp/g128" --device "$device" --memory $size
+    check "generate within $size" refused memory generate "$tmp/g128" -p x --device "$device" --memory $size
+done
+
+# --- interrupted ------------------------------------------------------------------------------------------------------
+
+# A model of 7 GB that takes no room on disk: all its weights are zeros.
+big_model() { # big_model OUT
+    python3 - data/model/gemma3-tiny "$1" <<'EOF'
+import os, pathlib, sys
+sys.path.insert(0, "tests/cli")
+from model import Model
+m = Model(sys.argv[1])
+at, width = 0, 786432
+for name in m.names():
+    entry = m.header[name]
+    if ".mlp." in name:
+        hidden = m.config["hidden_size"]
+        entry["shape"] = [hidden, width] if "down_proj" in name else [width, hidden]
+    size = 2
+    for n in entry["shape"]:
+        size *= n
+    entry["data_offsets"] = [at, at + size]
+    at += size
+m.config["intermediate_size"] = width
+file = m.write(pathlib.Path(sys.argv[2]), data=b"") / "model.safetensors"
+os.truncate(file, file.stat().st_size + at)
+print(f"{at / 1e9:.1f} GB of zeros")
+EOF
+}
+
+interrupted() { # interrupted SIGNAL SECONDS: that long after the first byte of the result was written
+    local code=0 pid
+    env --default-signal=INT "$gemcut" quantize "$tmp/big" "$tmp/stopped" -q --device "$device" 2>"$tmp/stderr" &
+    pid=$!
+    while kill -0 $pid 2>/dev/null && [ ! -e "$tmp/stopped.partial/model.safetensors" ]; do
+        sleep 0.005
+    done
+    sleep "$2"
+    kill -"$1" $pid
+    wait $pid || code=$?
+    cat "$tmp/stderr"
+    if [ $code != 3 ] || [ "$(cat "$tmp/stderr")" != "gemcut: interrupted" ]; then
+        echo "exit code $code"
+        return 1
+    fi
+    [ ! -e "$tmp/stopped" ] && [ ! -e "$tmp/stopped.partial" ]
+}
+
+check "big model: make" big_model "$tmp/big"
+for seconds in 0 0.05 0.2; do
+    check "quantize: SIGINT after $seconds s" interrupted INT $seconds
+done
+check "quantize: SIGTERM" interrupted TERM 0.1
+
+echo "$passed passed, $failed failed"
+[ $failed = 0 ]
