@@ -232,3 +232,16 @@ void json_kv_bool(struct text *t, const char *key, bool v)
     json_put_key(t, key);
     json_put_bool(t, v);
 }
+
+const char *text_bytes(uint64_t bytes, char out[32])
+{
+    if (bytes < 1u << 10)
+        snprintf(out, 32, "%u bytes", (unsigned)bytes);
+    else if (bytes < 1u << 20)
+        snprintf(out, 32, "%.1f KiB", (double)bytes / 0x1p10);
+    else if (bytes < 1u << 30)
+        snprintf(out, 32, "%.1f MiB", (double)bytes / 0x1p20);
+    else
+        snprintf(out, 32, "%.2f GiB", (double)bytes / 0x1p30);
+    return out;
+}

@@ -49,4 +49,7 @@ void json_kv_uint(struct text *t, const char *key, uint64_t v);
 void json_kv_double(struct text *t, const char *key, double v);
 void json_kv_bool(struct text *t, const char *key, bool v);
 
+/* A number of bytes for a message: "12 bytes", "3.5 MiB", "20.00 GiB". Returns out. */
+const char *text_bytes(uint64_t bytes, char out[32]);
+
 #endif

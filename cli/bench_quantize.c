@@ -144,7 +144,7 @@ static int read_source(const struct storage *s, double *seconds)
     return rc;
 }
 
-/* A file of that many bytes: reserved and written, then flushed. */
+/* A file of that many bytes: reserved, written and flushed, as the job does; *flushed: the last part of that. */
 static int write_file(const struct storage *s, const char *path, uint64_t bytes, double *written,
                       double *flushed)
 {
@@ -158,7 +158,7 @@ static int write_file(const struct storage *s, const char *path, uint64_t bytes,
     const double middle = clock_seconds();
     if (!rc && fsync(t.fd) < 0)
         rc = err_errno("%s: flushing", path);
-    *written += middle - start;
+    *written += clock_seconds() - start;
     *flushed += clock_seconds() - middle;
     close(t.fd);
     return rc;
@@ -365,10 +365,11 @@ static int print_text(const struct result *r)
     }
     int rc = human_table_render(&table, &out);
     human_table_free(&table);
-    text_add(&out,
-             "\nread: pread of what the job reads, from the page cache; write: fallocate and pwrite; flush: "
-             "fsync after it;\ncopy: memcpy of all bytes in and out. Each by itself with as many threads, "
-             "after each round; medians.\n");
+    text_add(
+        &out,
+        "\nread: pread of what the job reads, from the page cache; write: fallocate, pwrite "
+        "and fsync; flush: the\nfsync alone; copy: memcpy of all bytes in and out. Each by itself with as many "
+        "threads, after each\nround; medians.\n");
     return rc ? rc : output_print(&out);
 }
 

@@ -23,6 +23,7 @@ int cmd_inspect(int argc, char **argv);
 int cmd_verify(int argc, char **argv);
 int cmd_eval(int argc, char **argv);
 int cmd_generate(int argc, char **argv);
+int cmd_calib(int argc, char **argv);
 int cmd_bench(int argc, char **argv);
 
 #endif

@@ -101,11 +101,13 @@ static int measure(const struct args *a, struct session *s)
     int rc = run_windows_of(&text, &s->runnable, a->text, a->length, a->windows);
     if (rc < 0)
         return rc;
-    int64_t batch = run_batch(&s->backend, a->length, (int64_t)text.n);
-    rc = session_load(s, a->length, a->length, &batch);
+    struct run_need need = {.n_sequences = run_batch(&s->backend, a->length, (int64_t)text.n),
+                            .positions = a->length,
+                            .rows = a->length};
+    rc = session_load(s, &need);
     progress_begin("perplexity", PROGRESS_ITEMS, text.n);
     if (!rc)
-        rc = likelihood_measure(&l, &s->runnable.weights, &text, batch, on_window, NULL);
+        rc = likelihood_measure(&l, &s->runnable.weights, &text, need.n_sequences, on_window, NULL);
     progress_end();
     windows_free(&text);
     return rc < 0 ? rc : print_likelihood(a, &l);

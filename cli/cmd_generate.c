@@ -232,9 +232,10 @@ static int write_text(const struct args *a, struct session *session, const struc
     const int32_t end_of_turn = tokenizer_token_id(r->tokenizer, "<end_of_turn>");
     if (!rc && a->chat && !a->ignore_eos && end_of_turn >= 0 && stop.n < sizeof stop.ids / sizeof *stop.ids)
         stop.ids[stop.n++] = end_of_turn;
-    int64_t n_sequences = 1;
+    struct run_need need = {
+        .n_sequences = 1, .positions = size.max_positions, .rows = size.max_rows, .logit_rows = 1};
     if (!rc)
-        rc = session_load(session, size.max_positions, size.max_rows, &n_sequences);
+        rc = session_load(session, &need);
     if (!rc)
         rc = forward_open(&f, &r->weights, &size);
     if (!rc)

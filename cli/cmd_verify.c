@@ -212,7 +212,11 @@ static int load_both(const struct args *a, const struct backend *b, struct runna
                      struct runnable *cut, const struct windows *text, int64_t *batch)
 {
     const struct model *const models[] = {original->model, cut->model};
-    struct run_need need = {models, 2, run_batch(b, a->length, (int64_t)text->n), a->length, a->length};
+    struct run_need need = {.models = models,
+                            .n_models = 2,
+                            .n_sequences = run_batch(b, a->length, (int64_t)text->n),
+                            .positions = a->length,
+                            .rows = a->length};
     int rc = run_plan(b, &need);
     *batch = need.n_sequences;
     if (!rc)

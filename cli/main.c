@@ -24,6 +24,7 @@ static const struct command commands[] = {
     {"eval", cmd_eval, "measure a model: perplexity"},
     {"generate", cmd_generate, "run a model, BF16 or cut"},
     {"bench", cmd_bench, "measure speed here, beside what the machine can do"},
+    {"calib", cmd_calib, "show what calibration would be fed from a file"},
     {"help", cmd_help, "explain a command"},
 };
 

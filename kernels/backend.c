@@ -5,16 +5,20 @@
 #include "kernels/cuda/cuda.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
-/* "cuda:3" → 3; −1 when it is no such name. */
+/* "cuda:3" → 3, "cuda" → 0; −1 when it is no such name. */
 static int cuda_ordinal(const char *device)
 {
-    char rest;
-    int n;
+    static const char prefix[] = "cuda:";
     if (!strcmp(device, "cuda"))
         return 0;
-    return sscanf(device, "cuda:%d%c", &n, &rest) == 1 && n >= 0 && n < 1024 ? n : -1;
+    if (strncmp(device, prefix, sizeof prefix - 1))
+        return -1;
+    const char *digits = device + sizeof prefix - 1;
+    const size_t n = strspn(digits, "0123456789");
+    return n >= 1 && n <= 3 && !digits[n] ? atoi(digits) : -1;
 }
 
 int backend_resolve(const char *device, char name[DEVICE_TEXT_BYTES], char title[DEVICE_TEXT_BYTES])

@@ -170,7 +170,7 @@ struct core_ops {
     int (*add_norm)(const struct backend *b, const struct mat *branch, const struct mat *branch_norm,
                     const struct mat *x, const struct mat *next_norm, const struct norm_spec *spec,
                     const struct mat *out);
-    /* out [n, rows(w)] = x [n, cols(w)] · wᵀ. x: act; out: act or F32. */
+    /* out [n, rows(w)] = x [n, cols(w)] · wᵀ. x: act; out: act or F32. Where act is BF16, w is rounded to BF16 too. */
     int (*gemm)(const struct backend *b, const struct mat *x, const struct mat *w, const struct mat *out);
     int (*q_gemm)(const struct backend *b, const struct mat *x, const struct qmat *w, const struct mat *out);
     /* table F32 [n, 2·half]: cosines, then sines, of position·inv_freq[i] (host, [half]); row r is at

@@ -1,6 +1,7 @@
 #include "kernels/budget.h"
 
 #include "base/err.h"
+#include "base/text.h"
 
 #include <stdatomic.h>
 
@@ -28,10 +29,10 @@ int budget_take(const char *device, size_t bytes, const char *what)
     if (!limit || (before <= limit && bytes <= limit - before))
         return 0;
     atomic_fetch_sub(&taken, bytes);
-    return err_set(
-        ERR_MEMORY,
-        "%s: %.2f GiB for %s do not fit the memory budget of %.2f GiB, of which %.2f GiB are taken", device,
-        (double)bytes / 0x1p30, what, (double)limit / 0x1p30, (double)before / 0x1p30);
+    char asked[32], allowed[32], held[32];
+    return err_set(ERR_MEMORY, "%s: %s for %s do not fit the memory budget of %s, of which %s are taken",
+                   device, text_bytes(bytes, asked), what, text_bytes(limit, allowed),
+                   text_bytes(before, held));
 }
 
 void budget_give(size_t bytes)

@@ -2,6 +2,7 @@
 
 #include "base/err.h"
 #include "base/file.h"
+#include "base/text.h"
 #include "calib/builtin.h"
 #include "kernels/budget.h"
 
@@ -46,12 +47,13 @@ int session_open(struct session *s, const char *name, const char *device, int n_
     return rc ? rc : runnable_open(&s->runnable, &s->model);
 }
 
-int session_load(struct session *s, int64_t positions, int64_t rows, int64_t *n_sequences)
+int session_load(struct session *s, struct run_need *need)
 {
     const struct model *const models[] = {&s->model};
-    struct run_need need = {models, 1, *n_sequences, positions, rows};
-    int rc = run_plan(&s->backend, &need);
-    *n_sequences = need.n_sequences;
+    need->models = models;
+    need->n_models = 1;
+    const int rc = run_plan(&s->backend, need);
+    need->models = NULL;
     return rc ? rc : runnable_load(&s->runnable, &s->backend);
 }
 
@@ -78,7 +80,8 @@ int run_plan(const struct backend *b, struct run_need *need)
             const struct gemma_config *c = &need->models[i]->gemma;
             weights += weights_bytes(need->models[i]);
             activations += forward_bytes(c, b, &size);
-            logits += (uint64_t)(behaviour_logit_rows(b, c->vocab_size) * c->vocab_size) * sizeof(float);
+            const int64_t rows = need->logit_rows ? need->logit_rows : behaviour_logit_rows(b, c->vocab_size);
+            logits += (uint64_t)(rows * c->vocab_size) * sizeof(float);
         }
         if (weights + activations + logits + b->scratch_bytes <= available)
             return 0;
@@ -86,13 +89,14 @@ int run_plan(const struct backend *b, struct run_need *need)
             break;
         need->n_sequences /= 2;
     }
+    char text[6][32];
     return err_set(
         ERR_MEMORY,
-        "%s: %.2f GiB are needed (weights %.2f, activations and KV cache for %lld tokens %.2f, logits "
-        "%.2f, scratch %.2f), %.2f GiB are %s",
-        b->name, (double)(weights + activations + logits + b->scratch_bytes) / 0x1p30,
-        (double)weights / 0x1p30, (long long)need->positions, (double)activations / 0x1p30,
-        (double)logits / 0x1p30, (double)b->scratch_bytes / 0x1p30, (double)available / 0x1p30,
+        "%s: %s are needed (weights %s, activations and KV cache for %lld tokens %s, logits %s, scratch "
+        "%s), %s are %s",
+        b->name, text_bytes(weights + activations + logits + b->scratch_bytes, text[0]),
+        text_bytes(weights, text[1]), (long long)need->positions, text_bytes(activations, text[2]),
+        text_bytes(logits, text[3]), text_bytes(b->scratch_bytes, text[4]), text_bytes(available, text[5]),
         limit && left < memory.free ? "left of the memory budget" : "free");
 }
 

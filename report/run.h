@@ -18,6 +18,8 @@ int runnable_open(struct runnable *out, const struct model *m);
 int runnable_load(struct runnable *r, const struct backend *b);
 void runnable_close(struct runnable *r);
 
+struct run_need;
+
 /* A model opened by name, on a device of its own. */
 struct session {
     struct backend backend;
@@ -26,9 +28,9 @@ struct session {
 };
 
 /* Release with session_close whatever it returns. n_threads: as backend_open takes it. session_load follows, when it is
- * known what is to be run; *n_sequences: as run_plan takes and leaves it. */
+ * known what is to be run; need: as run_plan takes and leaves it, the model is filled in. */
 int session_open(struct session *out, const char *name, const char *device, int n_threads);
-int session_load(struct session *s, int64_t positions, int64_t rows, int64_t *n_sequences);
+int session_load(struct session *s, struct run_need *need);
 void session_close(struct session *s);
 
 /* How much of the device's memory running n_models (bound, not loaded) takes, with n_sequences of `positions` tokens at
@@ -37,6 +39,7 @@ struct run_need {
     const struct model *const *models;
     int n_models;
     int64_t n_sequences, positions, rows;
+    int64_t logit_rows; /* 0: as many as behaviour_logit_rows says */
 };
 
 /* Lowers need->n_sequences from what is asked until everything fits the device and --memory; when one does not fit

@@ -27,7 +27,7 @@ need_packages() {
     as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 }
 
-build_packages=(gcc libc6-dev make cmake pkg-config libcjson-dev libxxhash-dev libopenblas-pthread-dev)
+build_packages=(gcc libc6-dev make cmake pkg-config libcjson-dev libxxhash-dev libzstd-dev libopenblas-pthread-dev)
 
 # nvcc's path, or nothing; and whether there is an NVIDIA GPU to run on.
 find_nvcc() { command -v nvcc || { [ -x /usr/local/cuda/bin/nvcc ] && echo /usr/local/cuda/bin/nvcc; } || true; }

@@ -75,6 +75,16 @@ int cpu_zero_nonfinite(const struct backend *b, const struct mat *w, int64_t *co
     return rc;
 }
 
+/* The same in double, for values whose squares leave FP32's range. */
+static void add_squares_precisely(const float *u, const float *v, int64_t n, double sums[2])
+{
+    for (int64_t i = 0; i < n; i++) {
+        const double d = (double)u[i] - (double)v[i];
+        sums[0] += d * d;
+        sums[1] += (double)u[i] * (double)u[i];
+    }
+}
+
 /* Columns [col, col + n) of a row: float lanes over one chunk, doubles beyond. Adds to sums. */
 CPU_CLONES static void row_squared_error(const struct mat *x, const struct mat *y, int64_t row, int64_t col,
                                          int64_t n, double sums[2])
@@ -90,8 +100,13 @@ CPU_CLONES static void row_squared_error(const struct mat *x, const struct mat *
             error += d * d;
             reference += a * a;
         }
-        sums[0] += (double)vsum(error);
-        sums[1] += (double)vsum(reference);
+        const float whole = vsum(reference);
+        if (whole > 1e-30f && whole < 1e30f) {
+            sums[0] += (double)vsum(error);
+            sums[1] += (double)whole;
+        } else {
+            add_squares_precisely(u, v, part, sums);
+        }
     }
 }
 

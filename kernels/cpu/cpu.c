@@ -72,6 +72,7 @@ static int acquire(const struct backend *b, size_t bytes, const char *what, stru
     if (out->ptr)
         return 0;
     budget_give(bytes);
+    *out = (struct buf){0};
     return ERR_MEMORY;
 }
 

@@ -4,7 +4,8 @@
 
 enum {
     THREADS = 256,
-    MAX_PER_THREAD = 32, /* elements of a row that a thread keeps in registers: rows of up to 8192 */
+    MAX_PER_THREAD = 32, /* elements of a row that a thread keeps in registers: rows of up to 8192; … */
+    FEW_PER_THREAD = 12, /* … of up to 3072, so that more rows are under way */
     MAX_HALF = 256,      /* of a head that is turned */
 };
 
@@ -121,44 +122,45 @@ static __device__ __forceinline__ void load_weight(const struct norm_weight &w, 
         out[k] += w.offset;
 }
 
-/* Whether a weight may be read four elements at a time. */
+/* Whether a weight may be read four or eight elements at a time. */
 static bool weight_in_pieces(const struct mat *w)
 {
-    return !w || (uintptr_t)w->data % 16 == 0;
+    return !w || (uintptr_t)w->data % 32 == 0;
 }
 
 /* A row stands in the block's registers: element (k·THREADS + thread)·V + i in x[k·V + i], 0 beyond its end. */
-template <int V, typename F> static __device__ __forceinline__ void for_row(int64_t cols, F f)
+template <int V, int N, typename F> static __device__ __forceinline__ void for_row(int64_t cols, F f)
 {
 #pragma unroll
-    for (int k = 0; k < MAX_PER_THREAD / V; k++) {
+    for (int k = 0; k < N / V; k++) {
         const int64_t c = ((int64_t)k * THREADS + threadIdx.x) * V;
         if (c < cols)
             f(k * V, c);
     }
 }
 
+template <int N>
 static __device__ __forceinline__ float inverse_rms(const float *x, float eps, int64_t cols, float *shared)
 {
     float sum = 0;
 #pragma unroll
-    for (int i = 0; i < MAX_PER_THREAD; i++)
+    for (int i = 0; i < N; i++)
         sum += x[i] * x[i];
     return 1 / sqrtf(block_sum(sum, shared) / (float)cols + eps);
 }
 
-template <typename TX, typename TOUT, int V>
+template <typename TX, typename TOUT, int V, int N>
 static __global__ void __launch_bounds__(THREADS)
     rms_norm_kernel(const TX *x, int64_t x_stride, struct norm_weight w, float eps, TOUT *out,
                     int64_t out_stride, int64_t cols)
 {
     __shared__ float shared[THREADS / 32];
-    float v[MAX_PER_THREAD] = {};
+    float v[N] = {};
     x += blockIdx.x * x_stride;
     out += blockIdx.x * out_stride;
-    for_row<V>(cols, [&](int i, int64_t c) { load<TX, V>(x + c, v + i); });
-    const float scale = inverse_rms(v, eps, cols, shared);
-    for_row<V>(cols, [&](int i, int64_t c) {
+    for_row<V, N>(cols, [&](int i, int64_t c) { load<TX, V>(x + c, v + i); });
+    const float scale = inverse_rms<N>(v, eps, cols, shared);
+    for_row<V, N>(cols, [&](int i, int64_t c) {
         float y[V];
         load_weight<V>(w, c, y);
 #pragma unroll
@@ -168,20 +170,20 @@ static __global__ void __launch_bounds__(THREADS)
     });
 }
 
-template <int V>
+template <int V, int N>
 static __global__ void __launch_bounds__(THREADS)
     add_norm_kernel(const bf16 *branch, int64_t branch_stride, struct norm_weight branch_w, float *x,
                     int64_t x_stride, struct norm_weight next_w, float eps, bf16 *out, int64_t out_stride,
                     int64_t cols)
 {
     __shared__ float shared[THREADS / 32];
-    float v[MAX_PER_THREAD] = {};
+    float v[N] = {};
     branch += blockIdx.x * branch_stride;
     x += blockIdx.x * x_stride;
     out += blockIdx.x * out_stride;
-    for_row<V>(cols, [&](int i, int64_t c) { load<bf16, V>(branch + c, v + i); });
-    const float first = inverse_rms(v, eps, cols, shared);
-    for_row<V>(cols, [&](int i, int64_t c) {
+    for_row<V, N>(cols, [&](int i, int64_t c) { load<bf16, V>(branch + c, v + i); });
+    const float first = inverse_rms<N>(v, eps, cols, shared);
+    for_row<V, N>(cols, [&](int i, int64_t c) {
         float y[V], weight[V];
         load<float, V>(x + c, y);
         load_weight<V>(branch_w, c, weight);
@@ -190,8 +192,8 @@ static __global__ void __launch_bounds__(THREADS)
             v[i + j] = y[j] + v[i + j] * (weight[j] * first);
         store<float, V>(x + c, v + i);
     });
-    const float second = inverse_rms(v, eps, cols, shared);
-    for_row<V>(cols, [&](int i, int64_t c) {
+    const float second = inverse_rms<N>(v, eps, cols, shared);
+    for_row<V, N>(cols, [&](int i, int64_t c) {
         float y[V];
         load_weight<V>(next_w, c, y);
 #pragma unroll
@@ -214,13 +216,13 @@ template <typename TX, typename TOUT>
 static void launch_norm(const struct mat *x, const struct norm_weight &w, bool pieces, float eps,
                         const struct mat *out, cudaStream_t stream)
 {
-    const unsigned rows = (unsigned)x->rows;
-    if (pieces && in_pieces(x, 4 * sizeof(TX)) && in_pieces(out, 4 * sizeof(TOUT)))
-        rms_norm_kernel<TX, TOUT, 4><<<rows, THREADS, 0, stream>>>((const TX *)x->data, x->stride, w, eps,
-                                                                   (TOUT *)out->data, out->stride, x->cols);
-    else
-        rms_norm_kernel<TX, TOUT, 1><<<rows, THREADS, 0, stream>>>((const TX *)x->data, x->stride, w, eps,
-                                                                   (TOUT *)out->data, out->stride, x->cols);
+    const bool whole = pieces && in_pieces(x, 4 * sizeof(TX)) && in_pieces(out, 4 * sizeof(TOUT));
+    const auto kernel = !whole ? rms_norm_kernel<TX, TOUT, 1, MAX_PER_THREAD>
+                        : x->cols <= (int64_t)FEW_PER_THREAD * THREADS
+                            ? rms_norm_kernel<TX, TOUT, 4, FEW_PER_THREAD>
+                            : rms_norm_kernel<TX, TOUT, 4, MAX_PER_THREAD>;
+    kernel<<<(unsigned)x->rows, THREADS, 0, stream>>>((const TX *)x->data, x->stride, w, eps,
+                                                      (TOUT *)out->data, out->stride, x->cols);
 }
 
 extern "C" int cuda_rms_norm(const struct backend *b, const struct mat *x, const struct mat *w,
@@ -264,8 +266,10 @@ extern "C" int cuda_add_norm(const struct backend *b, const struct mat *branch, 
     const struct norm_weight first = norm_weight(branch_norm, spec), second = norm_weight(next_norm, spec);
     const bool pieces = in_pieces(branch, 8) && in_pieces(x, 16) && in_pieces(out, 8) &&
                         weight_in_pieces(branch_norm) && weight_in_pieces(next_norm);
-    (pieces ? add_norm_kernel<4>
-            : add_norm_kernel<1>)<<<(unsigned)x->rows, THREADS, 0, cuda_state(b)->stream>>>(
+    const auto kernel = !pieces                                        ? add_norm_kernel<1, MAX_PER_THREAD>
+                        : x->cols <= (int64_t)FEW_PER_THREAD * THREADS ? add_norm_kernel<4, FEW_PER_THREAD>
+                                                                       : add_norm_kernel<4, MAX_PER_THREAD>;
+    kernel<<<(unsigned)x->rows, THREADS, 0, cuda_state(b)->stream>>>(
         (const bf16 *)branch->data, branch->stride, first, (float *)x->data, x->stride, second, spec->eps,
         (bf16 *)out->data, out->stride, x->cols);
     return cuda_launched("add_norm");
@@ -319,17 +323,17 @@ struct qkv_job {
     float eps;
 };
 
-/* Norm and turn of one head by a warp; lane l holds dimensions (l + 32·k)·V … of either half. */
-template <int V>
+/* Norm and turn of one head by L threads of a warp; lane l holds dimensions (l + L·k)·V … of either half. */
+template <int V, int L>
 static __device__ __forceinline__ void turn_head(const bf16 *x, bool normed, const struct norm_weight &w,
                                                  float eps, const float *table, bf16 *out, int half)
 {
-    constexpr int STEPS = MAX_HALF / 32 / V;
+    constexpr int STEPS = MAX_HALF / L / V;
     float u[STEPS][V] = {}, v[STEPS][V] = {}, sum = 0;
-    const int lane = threadIdx.x % 32;
+    const int lane = threadIdx.x % L;
 #pragma unroll
     for (int k = 0; k < STEPS; k++) {
-        const int i = (lane + 32 * k) * V;
+        const int i = (lane + L * k) * V;
         if (i >= half)
             continue;
         load<bf16, V>(x + i, u[k]);
@@ -338,10 +342,12 @@ static __device__ __forceinline__ void turn_head(const bf16 *x, bool normed, con
         for (int e = 0; e < V; e++)
             sum += u[k][e] * u[k][e] + v[k][e] * v[k][e];
     }
-    const float scale = normed ? 1 / sqrtf(warp_sum(sum) / (float)(2 * half) + eps) : 1;
+    for (int i = L / 2; i; i >>= 1)
+        sum += __shfl_xor_sync(L == 32 ? 0xffffffffu : 0xffffu << (threadIdx.x & 16), sum, i, L);
+    const float scale = normed ? 1 / sqrtf(sum / (float)(2 * half) + eps) : 1;
 #pragma unroll
     for (int k = 0; k < STEPS; k++) {
-        const int i = (lane + 32 * k) * V;
+        const int i = (lane + L * k) * V;
         if (i >= half)
             continue;
         float c[V], s[V], low[V], high[V];
@@ -361,10 +367,10 @@ static __device__ __forceinline__ void turn_head(const bf16 *x, bool normed, con
     }
 }
 
-/* A warp for each head of each token: queries, then keys, then values. */
-template <int V> static __global__ void split_qkv_kernel(struct qkv_job j)
+/* L threads, a warp or half of one, for each head of each token: queries, then keys, then values. */
+template <int V, int L> static __global__ void split_qkv_kernel(struct qkv_job j)
 {
-    const int64_t task = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    const int64_t task = (int64_t)blockIdx.x * (blockDim.x / L) + threadIdx.x / L;
     if (task >= j.n_tasks)
         return;
     const int n = j.n_heads + 2 * j.n_kv_heads, head = (int)(task % n), half = j.head_dim / 2;
@@ -373,14 +379,15 @@ template <int V> static __global__ void split_qkv_kernel(struct qkv_job j)
     const bf16 *x = j.qkv + row * j.qkv_stride + (int64_t)head * j.head_dim;
     const float *table = j.rope + token * j.rope_stride;
     if (head < j.n_heads) {
-        turn_head<V>(x, j.q_normed, j.q_norm, j.eps, table, j.q + row * j.q_stride + head * j.head_dim, half);
+        turn_head<V, L>(x, j.q_normed, j.q_norm, j.eps, table, j.q + row * j.q_stride + head * j.head_dim,
+                        half);
     } else if (head < j.n_heads + j.n_kv_heads) {
         const int h = head - j.n_heads;
-        turn_head<V>(x, j.k_normed, j.k_norm, j.eps, table, j.keys + slot * j.keys_stride + h * j.head_dim,
-                     half);
+        turn_head<V, L>(x, j.k_normed, j.k_norm, j.eps, table, j.keys + slot * j.keys_stride + h * j.head_dim,
+                        half);
     } else {
         bf16 *out = j.values + slot * j.values_stride + (head - j.n_heads - j.n_kv_heads) * j.head_dim;
-        for (int i = threadIdx.x % 32 * V; i < j.head_dim; i += 32 * V) {
+        for (int i = threadIdx.x % L * V; i < j.head_dim; i += L * V) {
             float e[V];
             load<bf16, V>(x + i, e);
             store<bf16, V>(out + i, e);
@@ -421,7 +428,6 @@ extern "C" int cuda_split_qkv(const struct backend *b, const struct qkv_spec *sp
     const int rc = check_qkv(spec, qkv, q, keys, values);
     if (rc < 0 || qkv->rows == 0)
         return rc;
-    enum { WARPS = 8 };
     const struct heads *h = &spec->heads;
     struct qkv_job j = {};
     j.qkv = (const bf16 *)qkv->data;
@@ -446,14 +452,13 @@ extern "C" int cuda_split_qkv(const struct backend *b, const struct qkv_spec *sp
     j.q_norm = norm_weight(spec->q_norm, &spec->norm);
     j.k_norm = norm_weight(spec->k_norm, &spec->norm);
     j.eps = spec->norm.eps;
-    /* four elements an access where every head and row is a whole number of them */
-    const bool pieces = h->head_dim % 8 == 0 && in_pieces(qkv, 8) && in_pieces(q, 8) && in_pieces(keys, 8) &&
-                        in_pieces(values, 8) && in_pieces(spec->rope, 16) && weight_in_pieces(spec->q_norm) &&
-                        weight_in_pieces(spec->k_norm);
-    (pieces
-         ? split_qkv_kernel<4>
-         : split_qkv_kernel<
-               1>)<<<(unsigned)((j.n_tasks + WARPS - 1) / WARPS), 32 * WARPS, 0, cuda_state(b)->stream>>>(j);
+    /* eight elements an access where either half of every head is a whole number of them */
+    const bool pieces = h->head_dim % 16 == 0 && in_pieces(qkv, 16) && in_pieces(q, 16) &&
+                        in_pieces(keys, 16) && in_pieces(values, 16) && in_pieces(spec->rope, 32) &&
+                        weight_in_pieces(spec->q_norm) && weight_in_pieces(spec->k_norm);
+    const int64_t lanes = pieces ? 16 : 32, blocks = (j.n_tasks * lanes + THREADS - 1) / THREADS;
+    (pieces ? split_qkv_kernel<8, 16>
+            : split_qkv_kernel<1, 32>)<<<(unsigned)blocks, THREADS, 0, cuda_state(b)->stream>>>(j);
     return cuda_launched("split_qkv");
 }
 

@@ -177,7 +177,7 @@ static void test_budget_counts(void **state)
     assert_ok(budget_take("cuda:1", gib, "weights")); /* all devices together */
     assert_error(
         budget_take("cuda:1", gib / 2 + 1, "activations"), ERR_MEMORY,
-        "cuda:1: 0.50 GiB for activations do not fit the memory budget of 2.00 GiB, of which 1.50 GiB are "
+        "cuda:1: 512.0 MiB for activations do not fit the memory budget of 2.00 GiB, of which 1.50 GiB are "
         "taken");
     assert_error(budget_take("cuda:1", SIZE_MAX, "activations"), ERR_MEMORY, "for activations do not fit");
     assert_int_equal(budget_taken(), gib + gib / 2);
