@@ -96,3 +96,27 @@ char *mem_printf(const char *fmt, ...)
     va_end(args);
     return p;
 }
+
+/* A line of /proc/meminfo in bytes; 0 when there is none. */
+static uint64_t meminfo(const char *format)
+{
+    unsigned long long kib = 0;
+    char line[128];
+    FILE *f = fopen("/proc/meminfo", "re");
+    while (f && fgets(line, sizeof line, f))
+        if (sscanf(line, format, &kib) == 1)
+            break;
+    if (f)
+        fclose(f);
+    return (uint64_t)kib << 10;
+}
+
+uint64_t mem_available(void)
+{
+    return meminfo("MemAvailable: %llu kB");
+}
+
+uint64_t mem_total(void)
+{
+    return meminfo("MemTotal: %llu kB");
+}

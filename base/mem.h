@@ -26,6 +26,10 @@ char *mem_strdup(const char *s);
 /* printf into fresh memory. */
 char *mem_printf(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 
+/* What the system can give to programs without swapping (page cache that it would drop included), and what it has. */
+uint64_t mem_available(void);
+uint64_t mem_total(void);
+
 /* a*b and a+b; false when the result does not fit. */
 static inline bool mem_mul_u64(uint64_t a, uint64_t b, uint64_t *out)
 {

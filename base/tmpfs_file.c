@@ -33,13 +33,23 @@ bool tmpfs_file_is(int fd)
     return fstatfs(fd, &fs) == 0 && fs.f_type == TMPFS_MAGIC;
 }
 
+/* posix_fallocate, again when a signal came in between; 0 or an errno. */
+static int reserve(int fd, uint64_t at, uint64_t n)
+{
+    int code;
+    do
+        code = n ? posix_fallocate(fd, (off_t)at, (off_t)n) : 0;
+    while (code == EINTR && !err_interrupt_requested());
+    return code;
+}
+
 /* A failure ends it: who writes there will meet it again, and report it. */
 static void *reserve_pages(void *arg)
 {
     struct tmpfs_file *m = arg;
     for (uint64_t at = 0; at < m->bytes && !atomic_load(&m->stop); at += RESERVE_BYTES) {
         const uint64_t n = m->bytes - at < RESERVE_BYTES ? m->bytes - at : RESERVE_BYTES;
-        if (posix_fallocate(m->fd, (off_t)at, (off_t)n))
+        if (reserve(m->fd, at, n))
             break;
         atomic_store(&m->reserved, at + n);
     }
@@ -70,7 +80,9 @@ int tmpfs_file_put(struct tmpfs_file *m, const void *data, size_t n, uint64_t at
 {
     const uint64_t page = 4096, first = at / page * page;
     if (at + n > atomic_load(&m->reserved)) {
-        const int code = n ? posix_fallocate(m->fd, (off_t)at, (off_t)n) : 0;
+        const int code = reserve(m->fd, at, n);
+        if (code == EINTR)
+            return err_interrupted();
         if (code) {
             errno = code;
             return err_errno("writing %zu bytes at %llu", n, (unsigned long long)at);

@@ -158,20 +158,6 @@ static uint64_t free_bytes(const char *folder)
     return statvfs(folder, &s) == 0 ? (uint64_t)s.f_bavail * s.f_frsize : 0;
 }
 
-/* What the system can give to programs without swapping. */
-static uint64_t available_memory(void)
-{
-    unsigned long long kib = 0;
-    char line[128];
-    FILE *f = fopen("/proc/meminfo", "re");
-    while (f && fgets(line, sizeof line, f))
-        if (sscanf(line, "MemAvailable: %llu kB", &kib) == 1)
-            break;
-    if (f)
-        fclose(f);
-    return (uint64_t)kib << 10;
-}
-
 /* The folder to work in, fresh memory. need: bytes of files; loads: bytes of memory beside them. */
 static char *choose_folder(const struct bench_place *p, const struct bench *q, bool in_memory, uint64_t need,
                            uint64_t loads)
@@ -183,7 +169,7 @@ static char *choose_folder(const struct bench_place *p, const struct bench *q, b
     if (p->kept) /* beside it */
         return slash ? mem_strndup(p->model, slash > p->model ? (size_t)(slash - p->model) : 1)
                      : mem_strdup(".");
-    if (in_memory && free_bytes("/dev/shm") > need && available_memory() > need + loads + spare)
+    if (in_memory && free_bytes("/dev/shm") > need && mem_available() > need + loads + spare)
         return mem_strdup("/dev/shm");
     return mem_strdup(tmp && *tmp ? tmp : "/tmp");
 }

@@ -175,20 +175,26 @@ static int layout_shard(struct writer *w, size_t shard, struct text *header)
     return text_finish(header);
 }
 
-/* Takes the place of a file in memory, after asking whether it will fit. */
+/* Takes the place of a file in memory. */
 static int map_shard(struct shard *s, uint64_t bytes)
 {
-    struct statvfs fs;
-    if (fstatvfs(s->fd, &fs) < 0)
-        return err_errno("%s", s->path);
-    if (bytes > (uint64_t)fs.f_bavail * fs.f_frsize) {
-        errno = ENOSPC;
-        return err_errno("%s: reserving %llu bytes", s->path, (unsigned long long)bytes);
-    }
     if (ftruncate(s->fd, (off_t)bytes) < 0)
         return err_errno("%s: reserving %llu bytes", s->path, (unsigned long long)bytes);
     const int rc = tmpfs_file_open(&s->mapped, s->fd, bytes);
     return rc < 0 ? err_context(rc, "%s", s->path) : 0;
+}
+
+/* Whether all that was announced fits the file system, where it says how large it is (a tmpfs may have no limit). */
+static int check_space(const struct writer *w)
+{
+    struct statvfs fs;
+    if (statvfs(w->folder, &fs) < 0)
+        return err_errno("%s", w->folder);
+    if (fs.f_blocks == 0 || w->total_bytes <= (uint64_t)fs.f_bavail * fs.f_frsize)
+        return 0;
+    errno = ENOSPC;
+    return err_errno("%s: reserving %llu bytes for model.safetensors", w->folder,
+                     (unsigned long long)w->total_bytes);
 }
 
 /* Reserves the blocks; a file system that cannot (EOPNOTSUPP is emulated by the C library) fails later. */
@@ -236,6 +242,9 @@ int writer_begin(struct writer *w)
     w->n_shards = n;
     for (size_t s = 0; s < n; s++)
         w->shards[s].fd = -1;
+    const int fits = check_space(w);
+    if (fits < 0)
+        return fits;
     for (size_t s = 0; s < n; s++) {
         w->shards[s].path = n == 1 ? file_join(w->folder, "model.safetensors")
                                    : mem_printf("%s/model-%05zu-of-%05zu.safetensors", w->folder, s + 1, n);

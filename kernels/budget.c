@@ -23,16 +23,22 @@ uint64_t budget_taken(void)
     return atomic_load(&taken);
 }
 
-int budget_take(const char *device, size_t bytes, const char *what)
+static int refuse(const char *device, size_t bytes, const char *what, uint64_t held_bytes)
 {
-    const uint64_t before = atomic_fetch_add(&taken, bytes);
-    if (!limit || (before <= limit && bytes <= limit - before))
-        return 0;
-    atomic_fetch_sub(&taken, bytes);
     char asked[32], allowed[32], held[32];
     return err_set(ERR_MEMORY, "%s: %s for %s do not fit the memory budget of %s, of which %s are taken",
                    device, text_bytes(bytes, asked), what, text_bytes(limit, allowed),
-                   text_bytes(before, held));
+                   text_bytes(held_bytes, held));
+}
+
+int budget_take(const char *device, size_t bytes, const char *what)
+{
+    uint64_t before = atomic_load(&taken);
+    do
+        if (limit && (before > limit || bytes > limit - before))
+            return refuse(device, bytes, what, before);
+    while (!atomic_compare_exchange_weak(&taken, &before, before + bytes));
+    return 0;
 }
 
 void budget_give(size_t bytes)

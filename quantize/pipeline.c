@@ -173,7 +173,7 @@ uint64_t pipeline_source_bytes(const struct pipeline *p)
 uint64_t pipeline_worker_bytes(const struct pipeline *p)
 {
     const uint64_t staged = p->source_run + p->packed_run + 3 * p->scale_run + 2 * sizeof(struct block_stats);
-    return (p->on_host ? 1 : 2) * staged + p->block_run;
+    return staged + p->block_run;
 }
 
 uint64_t pipeline_memory_bytes(const struct pipeline *p, int n_workers)
@@ -187,7 +187,8 @@ uint64_t pipeline_memory_bytes(const struct pipeline *p, int n_workers)
             (uint64_t)(it->source->shape[0] * quant_groups(it->linear->scheme, it->source->shape[1])) * 3;
         state = bytes > state ? bytes : state;
     }
-    return (uint64_t)n_workers * (pipeline_worker_bytes(p) + state) + state;
+    /* where the device has memory of its own, what is staged lies on the host as well */
+    return (uint64_t)n_workers * ((p->on_host ? 1 : 2) * pipeline_worker_bytes(p) + state) + state;
 }
 const struct written_tensor *pipeline_tensors(const struct pipeline *p, size_t *n)
 {

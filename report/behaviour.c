@@ -178,9 +178,12 @@ static struct likelihood likelihood_of(const struct measurement *m, enum quantit
                                .perplexity_high = exp(nll + half)};
 }
 
+/* NaN last */
 static int by_value(const void *a, const void *b)
 {
     const float x = *(const float *)a, y = *(const float *)b;
+    if (isnan(x) || isnan(y))
+        return !!isnan(x) - !!isnan(y);
     return (x > y) - (x < y);
 }
 

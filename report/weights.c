@@ -19,6 +19,7 @@ struct worker {
 
 struct job {
     const struct model *cut, *source;
+    const char *device;
     struct worker *workers;
     struct weight_report *out;
 };
@@ -80,7 +81,7 @@ static int compare_block(const struct job *job, struct worker *w, const struct m
         const double error = pairs[2 * i], reference = pairs[2 * i + 1];
         sums[0] += error;
         sums[1] += reference;
-        if (reference > 0 && !(error / reference <= *worst))
+        if (reference > 0 && !isnan(*worst) && !(error / reference <= *worst))
             *worst = error / reference;
     }
     return rc;
@@ -113,38 +114,16 @@ static int compare_linear(const struct job *job, struct worker *w, const struct 
     return rc;
 }
 
-static int compare_task(void *ctx, size_t index, int worker)
-{
-    const struct job *job = ctx;
-    const struct model_linear *l = &job->cut->linears[index];
-    struct weight_report *out = &job->out[index];
-    *out = (struct weight_report){.first_bad = -1};
-    if (!is_bound(l))
-        return 0;
-    out->linear = l;
-    uint16_t *scales;
-    int8_t *zeros;
-    int rc = model_read_scales(job->cut, l, &scales, &zeros);
-    if (rc < 0)
-        return rc;
-    check_scales(l, scales, out);
-    const struct tensor *weight = job->source ? job->source->linears[index].weight : NULL;
-    if (weight)
-        rc = compare_linear(job, &job->workers[worker], l, weight, scales, zeros, out);
-    free(scales);
-    free(zeros);
-    return rc;
-}
-
 static void keep_greatest(size_t *bytes, int64_t need)
 {
     if ((size_t)need > *bytes)
         *bytes = (size_t)need;
 }
 
-static int open_worker(const struct job *job, struct worker *w, const char *device)
+/* By each worker for itself, when it has something to compare. */
+static int open_worker(const struct job *job, struct worker *w)
 {
-    int rc = backend_open(&w->backend, device, 1);
+    int rc = backend_open(&w->backend, job->device, 1);
     size_t packed = 0, groups = 0, source = 0, restored = 0;
     for (size_t i = 0; !rc && i < job->cut->n_linears; i++) {
         const struct model_linear *l = &job->cut->linears[i];
@@ -173,8 +152,36 @@ static int open_worker(const struct job *job, struct worker *w, const char *devi
     return rc || !restored ? rc : core->acquire(&w->backend, restored, "dequantized rows", &w->restored);
 }
 
+static int compare_task(void *ctx, size_t index, int worker)
+{
+    const struct job *job = ctx;
+    const struct model_linear *l = &job->cut->linears[index];
+    struct weight_report *out = &job->out[index];
+    *out = (struct weight_report){.first_bad = -1};
+    if (!is_bound(l))
+        return 0;
+    out->linear = l;
+    uint16_t *scales;
+    int8_t *zeros;
+    int rc = model_read_scales(job->cut, l, &scales, &zeros);
+    if (rc < 0)
+        return rc;
+    check_scales(l, scales, out);
+    const struct tensor *weight = job->source ? job->source->linears[index].weight : NULL;
+    struct worker *w = &job->workers[worker];
+    if (weight && !w->backend.state)
+        rc = open_worker(job, w);
+    if (!rc && weight)
+        rc = compare_linear(job, w, l, weight, scales, zeros, out);
+    free(scales);
+    free(zeros);
+    return rc;
+}
+
 static void close_worker(struct worker *w)
 {
+    if (!w->backend.state)
+        return;
     struct staged_buf *const pieces[] = {&w->packed, &w->scales, &w->zeros, &w->source, &w->sums};
     for (size_t i = 0; i < sizeof pieces / sizeof *pieces; i++)
         if (pieces[i]->host)
@@ -189,10 +196,8 @@ int weights_compare(const struct model *cut, const struct model *source, struct 
 {
     CHECK(!source || source->n_linears == cut->n_linears);
     const int n = parallel_workers(pool);
-    struct job job = {cut, source, mem_alloc((size_t)n, sizeof *job.workers, "workers"), out};
+    struct job job = {cut, source, device, mem_alloc((size_t)n, sizeof *job.workers, "workers"), out};
     int rc = job.workers ? 0 : ERR_MEMORY;
-    for (int i = 0; !rc && i < n; i++)
-        rc = open_worker(&job, &job.workers[i], device);
     if (!rc)
         rc = parallel_for(pool, cut->n_linears, compare_task, &job);
     for (int i = 0; job.workers && i < n; i++)

@@ -25,6 +25,8 @@ static int by_logit(const void *a, const void *b, void *logits)
 {
     const int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
     const float u = ((const float *)logits)[x], v = ((const float *)logits)[y];
+    if (isnan(u) || isnan(v)) /* last; what follows notices them */
+        return !isnan(u) != !isnan(v) ? !!isnan(u) - !!isnan(v) : (x > y) - (x < y);
     if (u != v)
         return u > v ? -1 : 1;
     return x < y ? -1 : 1;

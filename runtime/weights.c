@@ -10,7 +10,10 @@
 
 /* --- bringing tensors to the device ------------------------------------------------------------------------------ */
 
-enum { PIECE_BYTES = 8 << 20 }; /* read, then copied, at a time by one thread */
+enum {
+    PIECE_BYTES = 8 << 20, /* read, then copied, at a time by one thread */
+    MAX_LOADERS = 16,
+};
 
 struct transfer {
     const struct tensor *tensor;
@@ -76,13 +79,18 @@ static int transfer_task(void *ctx, size_t task, int worker)
     return rc ? rc : k->backend.core->upload(&k->backend, t->to + at, k->piece.host, n);
 }
 
-/* Runs the transfers with a thread for each processor. */
+/* Runs the transfers with a thread for each processor, up to as many as storage can feed. */
 static int run_transfers(struct loader *l)
 {
     struct parallel *pool;
     int rc = parallel_open(&pool, 0);
     if (rc < 0)
         return rc;
+    if (parallel_workers(pool) > MAX_LOADERS) {
+        parallel_close(pool);
+        if ((rc = parallel_open(&pool, MAX_LOADERS)) < 0)
+            return rc;
+    }
     const int n = parallel_workers(pool);
     l->workers = mem_alloc((size_t)n, sizeof *l->workers, "workers");
     rc = l->workers ? 0 : ERR_MEMORY;

@@ -79,9 +79,9 @@ static int acquire(const struct backend *b, size_t bytes, const char *what, stru
 static void release(const struct backend *b, struct buf *buf)
 {
     (void)b;
+    free(buf->ptr);
     if (buf->ptr)
         budget_give(buf->bytes);
-    free(buf->ptr);
     *buf = (struct buf){0};
 }
 
@@ -102,9 +102,7 @@ static void release_staging(const struct backend *b, struct staged_buf *s)
 static int memory(const struct backend *b, struct device_memory *out)
 {
     (void)b;
-    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
-    *out = (struct device_memory){.free = page * (uint64_t)sysconf(_SC_AVPHYS_PAGES),
-                                  .total = page * (uint64_t)sysconf(_SC_PHYS_PAGES)};
+    *out = (struct device_memory){.free = mem_available(), .total = mem_total()};
     return 0;
 }
 

@@ -97,8 +97,8 @@ static void release(const struct backend *b, struct buf *buf)
 {
     cuda_state(b);
     if (buf->ptr) {
-        budget_give(buf->bytes);
         cudaFree(buf->ptr);
+        budget_give(buf->bytes);
     }
     *buf = (struct buf){NULL, 0};
 }
