@@ -184,3 +184,16 @@ int parallel_for(struct parallel *p, size_t n, parallel_task task, void *ctx)
     free(message);
     return code;
 }
+
+size_t parallel_find(const size_t *first, size_t stride, size_t n, size_t task)
+{
+    size_t low = 0, high = n;
+    while (high - low > 1) {
+        const size_t middle = (low + high) / 2;
+        if (*(const size_t *)((const char *)first + middle * stride) <= task)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
+}

@@ -19,4 +19,8 @@ int parallel_workers(const struct parallel *p);
  * index starts; the error of the lowest failed index is returned, with its message. */
 int parallel_for(struct parallel *p, size_t n, parallel_task task, void *ctx);
 
+/* Of n things whose tasks follow one another, the one that a task belongs to: the last whose first task is not after it.
+ * first: of the first thing, stride: bytes from one such number to the next, so that they may be members of structs. */
+size_t parallel_find(const size_t *first, size_t stride, size_t n, size_t task);
+
 #endif

@@ -40,14 +40,7 @@ struct maker {
 static int make_task(void *ctx, size_t task, int worker)
 {
     const struct maker *m = ctx;
-    size_t low = 0, high = m->tensors->n; /* the last tensor whose first task is not after this one */
-    while (high - low > 1) {
-        const size_t middle = (low + high) / 2;
-        if (m->first_task[middle] <= task)
-            low = middle;
-        else
-            high = middle;
-    }
+    const size_t low = parallel_find(m->first_task, sizeof *m->first_task, m->tensors->n, task);
     const struct bench_tensor *t = &m->tensors->list[low];
     const uint64_t at = (task - m->first_task[low]) * (uint64_t)PIECE_BYTES;
     const size_t n = (size_t)(t->bytes - at < PIECE_BYTES ? t->bytes - at : PIECE_BYTES);

@@ -269,14 +269,7 @@ struct hash_job {
 static int hash_task(void *arg, size_t task, int worker)
 {
     const struct hash_job *job = arg;
-    size_t low = 0, high = job->ck->n_tensors; /* the last tensor whose first task is not after this one */
-    while (high - low > 1) {
-        const size_t middle = (low + high) / 2;
-        if (job->first_task[middle] <= task)
-            low = middle;
-        else
-            high = middle;
-    }
+    const size_t low = parallel_find(job->first_task, sizeof *job->first_task, job->ck->n_tensors, task);
     const struct tensor *t = &job->ck->tensors[low];
     const size_t n_pieces = job->first_piece[low + 1] - job->first_piece[low];
     size_t piece = (task - job->first_task[low]) * PIECES_PER_TASK;

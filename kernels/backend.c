@@ -61,3 +61,19 @@ void backend_close(struct backend *b)
         cuda_close(b);
     *b = (struct backend){0};
 }
+
+int backend_acquire_staged(const struct backend *b, const struct staged_need *needs, size_t n)
+{
+    int rc = 0;
+    for (size_t i = 0; !rc && i < n; i++)
+        if (needs[i].bytes)
+            rc = b->core->acquire_staging(b, needs[i].bytes, needs[i].what, needs[i].place);
+    return rc;
+}
+
+void backend_release_staged(const struct backend *b, struct staged_buf *const *places, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (places[i]->host)
+            b->core->release_staging(b, places[i]);
+}

@@ -231,6 +231,16 @@ void backend_close(struct backend *b);
 /* Another handle on b's device, with a stream of its own and one thread. */
 int backend_open_beside(struct backend *out, const struct backend *b);
 
+/* Several pieces of staged memory, those of 0 bytes left out; what was acquired before a failure is released with the
+ * rest. `place` is zeroed memory, and zeroed again by the release. */
+struct staged_need {
+    struct staged_buf *place;
+    size_t bytes;
+    const char *what;
+};
+int backend_acquire_staged(const struct backend *b, const struct staged_need *needs, size_t n);
+void backend_release_staged(const struct backend *b, struct staged_buf *const *places, size_t n);
+
 /* What "auto" and shorter forms stand for, e.g. "cuda:0", and the device in words, e.g. "NVIDIA H100 80GB HBM3". */
 enum { DEVICE_TEXT_BYTES = 256 };
 int backend_resolve(const char *device, char name[DEVICE_TEXT_BYTES], char title[DEVICE_TEXT_BYTES]);

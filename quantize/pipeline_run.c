@@ -286,19 +286,6 @@ static int finish_item(struct pipeline *p, struct item *it)
     return rc;
 }
 
-static struct item *find_item(struct pipeline *p, size_t task)
-{
-    size_t low = 0, high = p->n_items; /* the last item whose first task is not after this one */
-    while (high - low > 1) {
-        const size_t middle = (low + high) / 2;
-        if (p->items[middle].first_task <= task)
-            low = middle;
-        else
-            high = middle;
-    }
-    return &p->items[low];
-}
-
 /* By each worker for itself, with its first task: pinning memory takes a while, in which others can read. */
 static int open_worker(const struct pipeline *p, struct worker *w)
 {
@@ -306,18 +293,13 @@ static int open_worker(const struct pipeline *p, struct worker *w)
     int rc = backend_open_beside(&w->backend, b);
     if (!rc)
         rc = backend_open(&w->host, "cpu", 1);
-    const struct {
-        struct staged_buf *place;
-        size_t bytes;
-        const char *what;
-    } needs[] = {{&w->source, p->source_run, "rows of a tensor"},
-                 {&w->packed, p->packed_run, "codes"},
-                 {&w->scales, 2 * p->scale_run, "scales"},
-                 {&w->zeros, p->scale_run, "zero points"},
-                 {&w->stats, sizeof(struct block_stats), "weight errors"}};
-    for (size_t i = 0; !rc && i < sizeof needs / sizeof *needs; i++)
-        if (needs[i].bytes)
-            rc = b->core->acquire_staging(&w->backend, needs[i].bytes, needs[i].what, needs[i].place);
+    const struct staged_need needs[] = {{&w->source, p->source_run, "rows of a tensor"},
+                                        {&w->packed, p->packed_run, "codes"},
+                                        {&w->scales, 2 * p->scale_run, "scales"},
+                                        {&w->zeros, p->scale_run, "zero points"},
+                                        {&w->stats, sizeof(struct block_stats), "weight errors"}};
+    if (!rc)
+        rc = backend_acquire_staged(&w->backend, needs, sizeof needs / sizeof *needs);
     return rc || !p->block_run
                ? rc
                : b->core->acquire(&w->backend, p->block_run, "dequantized rows", &w->restored);
@@ -326,7 +308,7 @@ static int open_worker(const struct pipeline *p, struct worker *w)
 static int run_task(void *arg, size_t task, int worker)
 {
     struct pipeline *p = arg;
-    struct item *it = find_item(p, task);
+    struct item *it = &p->items[parallel_find(&p->items->first_task, sizeof *p->items, p->n_items, task)];
     struct worker *w = &p->workers[worker];
     const size_t part = task - it->first_task;
     const int64_t rows = tensor_rows(it->source), row = (int64_t)part * it->task_rows;
@@ -363,9 +345,7 @@ static void close_worker(struct worker *w)
     if (!w->backend.state)
         return;
     struct staged_buf *const pieces[] = {&w->source, &w->packed, &w->scales, &w->zeros, &w->stats};
-    for (size_t i = 0; i < sizeof pieces / sizeof *pieces; i++)
-        if (pieces[i]->host)
-            w->backend.core->release_staging(&w->backend, pieces[i]);
+    backend_release_staged(&w->backend, pieces, sizeof pieces / sizeof *pieces);
     if (w->restored.ptr)
         w->backend.core->release(&w->backend, &w->restored);
     backend_close(&w->backend);

@@ -136,20 +136,16 @@ static int open_worker(const struct job *job, struct worker *w)
         keep_greatest(&source, n * (int64_t)dtype_bytes(weight->dtype));
         keep_greatest(&restored, n * 2);
     }
-    const struct {
-        struct staged_buf *place;
-        size_t bytes;
-        const char *what;
-    } needs[] = {{&w->packed, packed, "codes"},
-                 {&w->scales, 2 * groups, "scales"},
-                 {&w->zeros, groups, "zero points"},
-                 {&w->source, source, "rows of a tensor"},
-                 {&w->sums, 2 * sizeof(double) * groups, "weight errors"}};
-    const struct core_ops *core = w->backend.core;
-    for (size_t i = 0; !rc && i < sizeof needs / sizeof *needs; i++)
-        if (needs[i].bytes)
-            rc = core->acquire_staging(&w->backend, needs[i].bytes, needs[i].what, needs[i].place);
-    return rc || !restored ? rc : core->acquire(&w->backend, restored, "dequantized rows", &w->restored);
+    const struct staged_need needs[] = {{&w->packed, packed, "codes"},
+                                        {&w->scales, 2 * groups, "scales"},
+                                        {&w->zeros, groups, "zero points"},
+                                        {&w->source, source, "rows of a tensor"},
+                                        {&w->sums, 2 * sizeof(double) * groups, "weight errors"}};
+    if (!rc)
+        rc = backend_acquire_staged(&w->backend, needs, sizeof needs / sizeof *needs);
+    return rc || !restored
+               ? rc
+               : w->backend.core->acquire(&w->backend, restored, "dequantized rows", &w->restored);
 }
 
 static int compare_task(void *ctx, size_t index, int worker)
@@ -183,9 +179,7 @@ static void close_worker(struct worker *w)
     if (!w->backend.state)
         return;
     struct staged_buf *const pieces[] = {&w->packed, &w->scales, &w->zeros, &w->source, &w->sums};
-    for (size_t i = 0; i < sizeof pieces / sizeof *pieces; i++)
-        if (pieces[i]->host)
-            w->backend.core->release_staging(&w->backend, pieces[i]);
+    backend_release_staged(&w->backend, pieces, sizeof pieces / sizeof *pieces);
     if (w->restored.ptr)
         w->backend.core->release(&w->backend, &w->restored);
     backend_close(&w->backend);

@@ -62,15 +62,7 @@ static int transfer_task(void *ctx, size_t task, int worker)
 {
     const struct loader *l = ctx;
     const struct load_worker *k = &l->workers[worker];
-    size_t low = 0, high = l->n; /* the last transfer whose first task is not after this one */
-    while (high - low > 1) {
-        const size_t middle = (low + high) / 2;
-        if (l->list[middle].first_task <= task)
-            low = middle;
-        else
-            high = middle;
-    }
-    const struct transfer *t = &l->list[low];
+    const struct transfer *t = &l->list[parallel_find(&l->list->first_task, sizeof *l->list, l->n, task)];
     const uint64_t at = (task - t->first_task) * (uint64_t)PIECE_BYTES;
     const size_t n = (size_t)(t->tensor->bytes - at < PIECE_BYTES ? t->tensor->bytes - at : PIECE_BYTES);
     if (k->backend.host_memory)

@@ -15,20 +15,7 @@ gemcut=$(realpath "$1") model=$(realpath "$2") text=()
 cd "$(dirname "$0")/../.."
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
-passed=0 failed=0
-
-check() { # check NAME COMMAND…
-    local name=$1
-    shift
-    if "$@" >"$tmp/log" 2>&1; then
-        passed=$((passed + 1))
-        echo "ok      $name: $(tail -n 1 "$tmp/log")"
-    else
-        failed=$((failed + 1))
-        echo "FAILED  $name"
-        tail -n 40 "$tmp/log"
-    fi
-}
+. tests/check.sh
 
 # --- cuts -------------------------------------------------------------------------------------------------------------
 

@@ -9,20 +9,7 @@ gemcut=$build/gemcut
 python=$(tools/interop-env)
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
-passed=0 failed=0
-
-check() { # check NAME COMMAND…
-    local name=$1
-    shift
-    if "$@" >"$tmp/log" 2>&1; then
-        passed=$((passed + 1))
-        echo "ok      $name: $(tail -n 1 "$tmp/log")"
-    else
-        failed=$((failed + 1))
-        echo "FAILED  $name"
-        tail -n 40 "$tmp/log"
-    fi
-}
+. tests/check.sh
 cut_and_load() { # cut_and_load NAME MODEL [OPTION…]
     local name=$1 model=$2
     shift 2
