@@ -4,6 +4,7 @@
 #include "base/err.h"
 #include "base/file.h"
 #include "base/mem.h"
+#include "base/text.h"
 #include "formats/record.h"
 #include "kernels/budget.h"
 #include "quantize/staging.h"
@@ -34,11 +35,11 @@ static int open_pool(struct cut *c)
         return rc;
     parallel_close(c->pool);
     c->pool = NULL;
+    char needed[32], allowed[32];
     if (limit < each)
-        return err_set(
-            ERR_MEMORY,
-            "%s: %.1f MiB are needed to quantize rows of the largest tensor, the memory budget is %.1f MiB",
-            c->backend.name, (double)each / 0x1p20, (double)limit / 0x1p20);
+        return err_set(ERR_MEMORY,
+                       "%s: %s are needed to quantize rows of the largest tensor, the memory budget is %s",
+                       c->backend.name, text_bytes(each, needed), text_bytes(limit, allowed));
     return parallel_open(&c->pool, (int)(limit / each));
 }
 
