@@ -203,14 +203,15 @@ struct round {
 };
 
 struct watch {
-    double stages[2], last; /* when a stage began; when the last bytes were done */
+    double stages[CUT_CHECK + 1], last; /* when a stage began; when the last bytes were done */
 };
 
-static void on_stage(void *ctx, enum cut_stage stage, uint64_t total_bytes)
+static void on_stage(void *ctx, enum cut_stage stage, uint64_t total)
 {
     struct watch *w = ctx;
     w->stages[stage] = w->last = clock_seconds();
-    progress_begin(stage == CUT_QUANTIZE ? "cutting" : "reading back", PROGRESS_BYTES, total_bytes);
+    progress_begin(stage == CUT_CHECK ? "reading back" : "cutting",
+                   stage == CUT_CALIBRATE ? PROGRESS_ITEMS : PROGRESS_BYTES, total);
 }
 
 static void on_bytes(void *ctx, uint64_t bytes)

@@ -12,12 +12,17 @@
 #include "cli/progress.h"
 #include "quantize/cut.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 struct args {
-    const char *model, *out, *group_size, *report;
-    int method, scheme, scales, scale_sign, ragged;
+    const char *model, *out, *group_size, *report, *calib;
+    int quality, method, scheme, scales, scale_sign, ragged, order, order_columns;
+    int64_t samples, length, seed, refine, passes;
+    double damping;
+    bool skip_bos;
     struct opt_list ignore, only, overrides;
     uint64_t shard_size;
     bool allow_nonfinite, dry_run, overwrite, no_verify;
@@ -25,9 +30,12 @@ struct args {
     struct output_options output;
 };
 
-static const char *const methods[] = {"rtn", NULL};
+static const char *const qualities[] = {"draft", "good", NULL};
+static const char *const methods[] = {"rtn", "gptq", NULL}; /* one for each quality */
 static const char *const schemes[] = {"w4a16", "w4a16-asym", "w8a16", NULL};
-static const char *const scale_rules[] = {"range", "absmax", "mse", NULL};
+static const char *const scale_rules[] = {"auto", "block", "weighted", "range", "absmax", "mse", NULL};
+static const char *const orders[] = {"shuffle", "file", NULL};
+static const char *const column_orders[] = {"activation", "natural", NULL};
 static const char *const scale_signs[] = {"any", "positive", NULL};
 static const char *const ragged_rules[] = {"smaller", "keep", "error", NULL};
 
@@ -40,11 +48,18 @@ static const struct opt_arg positional[] = {
 
 static const struct opt options[] = {
     {OPT_SECTION("Method")},
+    {.name = "quality",
+     OPT_TO_CHOICE(struct args, quality),
+     .choices = qualities,
+     .initial = "good",
+     .help = "draft: rtn, good: gptq"},
     {.name = "method",
      OPT_TO_CHOICE(struct args, method),
      .choices = methods,
-     .initial = "rtn",
-     .help = "rtn: round to nearest, no data"},
+     .initial_note = "as --quality says",
+     .help =
+         "rtn: round to nearest, without data unless --calib is given; gptq: each column makes up for the errors of "
+         "those before it, under the activations of calibration text"},
     {.name = "scheme",
      OPT_TO_CHOICE(struct args, scheme),
      .choices = schemes,
@@ -58,15 +73,83 @@ static const struct opt options[] = {
     {.name = "scales",
      OPT_TO_CHOICE(struct args, scales),
      .choices = scale_rules,
-     .initial = "range",
+     .initial = "auto",
      .help =
-         "range: the larger side of a group maps to the lowest code, so scales are signed; absmax: max/7.5, as "
-         "llm-compressor; mse: least squared error (usually worse on Gemma)"},
+         "block and weighted: searched for the least error of the output, by the group's block of the Hessian or by its "
+         "diagonal; range: the larger side of a group maps to the lowest code, so scales are signed; absmax: max/7.5, as "
+         "llm-compressor; mse: least squared error (usually worse on Gemma). auto: block with calibration, else range"},
     {.name = "scale-sign",
      OPT_TO_CHOICE(struct args, scale_sign),
      .choices = scale_signs,
      .initial = "any",
      .help = "positive: for readers that cannot take negative scales"},
+    {OPT_SECTION("Calibration")},
+    {.name = "calib",
+     OPT_TO_STRING(struct args, calib),
+     .value = "FILE",
+     .initial_note = "builtin",
+     .help =
+         "text: .txt, .jsonl (\"text\" or \"messages\"), either also with .zst; builtin = a mixture that ships with "
+         "gemcut. gemcut calib shows what it comes to"},
+    {.name = "samples",
+     OPT_TO_INT(struct args, samples),
+     .value = "N",
+     .initial = "128",
+     .min = 1,
+     .max = 1000000,
+     .help = "pieces of text, each run by itself"},
+    {.name = "length",
+     OPT_TO_INT(struct args, length),
+     .value = "N",
+     .min = 2,
+     .max = 1000000,
+     .initial_note = "2048, or the model's context",
+     .help = "tokens of a sample"},
+    {.name = "order",
+     OPT_TO_CHOICE(struct args, order),
+     .value = "ORDER",
+     .choices = orders,
+     .initial = "shuffle",
+     .help = "of the documents: shuffle, by --seed, or file, as they come"},
+    {.name = "seed",
+     OPT_TO_INT(struct args, seed),
+     .value = "N",
+     .initial = "0",
+     .min = 0,
+     .max = INT64_MAX,
+     .help = "same seed, same order"},
+    {.name = "skip-bos",
+     OPT_TO_FLAG(struct args, skip_bos),
+     .help = "leave the activations of <bos> out of what is measured"},
+    {OPT_SECTION("GPTQ")},
+    {.name = "order-columns",
+     OPT_TO_CHOICE(struct args, order_columns),
+     .value = "ORDER",
+     .choices = column_orders,
+     .initial = "activation",
+     .help =
+         "activation: those with the largest inputs first; groups stay as they are, so readers see no difference"},
+    {.name = "damping",
+     OPT_TO_DOUBLE(struct args, damping),
+     .value = "SHARE",
+     .initial = "0.01",
+     .low = 1e-6,
+     .high = 1,
+     .help = "of the Hessian's mean diagonal, added to it; more where that is not enough, and reported"},
+    {.name = "refine",
+     OPT_TO_INT(struct args, refine),
+     .value = "N",
+     .initial = "2",
+     .min = 0,
+     .max = 100,
+     .help = "rounds of better scales for the codes, then better codes for the scales; 0: none"},
+    {.name = "passes",
+     OPT_TO_INT(struct args, passes),
+     .value = "N",
+     .initial = "2",
+     .min = 0,
+     .max = 100,
+     .help = "over the codes in a round"},
     {OPT_SECTION(
         "Selection; globs speak of tensor names, and whole fused sets (q/k/v, gate/up) are decided alike")},
     {.name = "ignore",
@@ -126,21 +209,47 @@ static const struct opt_spec spec = {
 
 /* --- the recipe ----------------------------------------------------------------------------------------------- */
 
+/* Calibration costs time: GPTQ needs it, rounding to nearest only where it is asked for. */
+static int choose_method(const struct args *a, struct recipe *r)
+{
+    r->method = methods[a->method >= 0 ? a->method : a->quality];
+    const char *scales = scale_rules[a->scales];
+    const bool is_auto = !strcmp(scales, "auto"), sweep = !strcmp(r->method, "gptq");
+    if (!is_auto && recipe_parse_scales(scales, &r->scales.rule) < 0)
+        return ERR_USAGE;
+    const bool searched = !is_auto && (r->scales.rule == SCALE_WEIGHTED || r->scales.rule == SCALE_BLOCK);
+    r->calibrated = sweep || a->calib || searched;
+    if (is_auto)
+        r->scales.rule = r->calibrated ? SCALE_BLOCK : SCALE_RANGE;
+    if (!r->calibrated)
+        return 0;
+    r->calib = (struct calib_spec){.text = a->calib ? a->calib : DOCUMENTS_BUILTIN,
+                                   .samples = a->samples,
+                                   .length = a->length,
+                                   .seed = (uint64_t)a->seed,
+                                   .shuffle = a->order == 0,
+                                   .skip_bos = a->skip_bos};
+    r->natural_order = a->order_columns == 1;
+    r->damping = a->damping;
+    r->rounds = sweep ? (int)a->refine : 0;
+    r->passes = sweep ? (int)a->passes : 0;
+    return 0;
+}
+
 static int make_recipe(const struct args *a, struct recipe *r)
 {
-    *r = (struct recipe){.method = methods[a->method],
-                         .scales.positive_only = a->scale_sign == 1,
+    *r = (struct recipe){.scales.positive_only = a->scale_sign == 1,
                          .ragged = (enum ragged_rule)a->ragged,
                          .ignore = a->ignore.items,
                          .n_ignore = a->ignore.n,
                          .only = a->only.items,
                          .n_only = a->only.n,
                          .allow_nonfinite = a->allow_nonfinite};
-    int rc = recipe_parse_scheme(schemes[a->scheme], &r->scheme);
+    int rc = choose_method(a, r);
+    if (!rc)
+        rc = recipe_parse_scheme(schemes[a->scheme], &r->scheme);
     if (!rc)
         rc = recipe_parse_group(a->group_size, &r->scheme.group);
-    if (!rc)
-        rc = recipe_parse_scales(scale_rules[a->scales], &r->scales.rule);
     if (!rc && !(r->overrides = mem_alloc(a->overrides.n, sizeof *r->overrides, "overrides")))
         rc = ERR_MEMORY;
     for (; !rc && r->n_overrides < a->overrides.n; r->n_overrides += !rc)
@@ -239,10 +348,20 @@ static int plan_json(const struct cut *cut, const struct recipe *recipe, struct 
 
 /* --- progress ------------------------------------------------------------------------------------------------- */
 
-static void on_stage(void *ctx, enum cut_stage stage, uint64_t total_bytes)
+/* Which kind of progress there is. */
+struct watch {
+    enum cut_stage stage;
+    bool calibrated;
+};
+
+static void on_stage(void *ctx, enum cut_stage stage, uint64_t total)
 {
-    (void)ctx;
-    progress_begin(stage == CUT_QUANTIZE ? "cutting" : "reading back", PROGRESS_BYTES, total_bytes);
+    struct watch *w = ctx;
+    static const char *const labels[] = {
+        [CUT_QUANTIZE] = "cutting", [CUT_CALIBRATE] = "cutting", [CUT_CHECK] = "reading back"};
+    w->stage = stage;
+    progress_begin(stage == CUT_QUANTIZE && w->calibrated ? "copying" : labels[stage],
+                   stage == CUT_CALIBRATE ? PROGRESS_ITEMS : PROGRESS_BYTES, total);
 }
 
 static void on_bytes(void *ctx, uint64_t bytes)
@@ -251,12 +370,16 @@ static void on_bytes(void *ctx, uint64_t bytes)
     progress_advance(bytes, NULL);
 }
 
-static void on_linear(void *ctx, const char *name, double error)
+static void on_linear(void *ctx, const struct cut_linear *l)
 {
-    (void)ctx;
+    const struct watch *w = ctx;
     char text[256];
-    snprintf(text, sizeof text, "%s error %.4f", name, error);
-    progress_advance(0, text);
+    if (w->calibrated)
+        snprintf(text, sizeof text, "%s output error %.4f, nearest codes %.4f", l->plan->tensor->name,
+                 sqrt(fmax(l->stats.error, 0)), sqrt(fmax(l->stats.nearest_error, 0)));
+    else
+        snprintf(text, sizeof text, "%s error %.4f", l->plan->tensor->name, l->error);
+    progress_advance(w->calibrated, text);
     output_detail("%s", text);
 }
 
@@ -267,6 +390,8 @@ struct summary {
     double mean, worst;
     const char *worst_name;
     int64_t n_nonfinite;
+    double output, nearest; /* means of relative output errors, when calibrated */
+    double damping;         /* the most that any linear took */
 };
 
 static struct summary summarize(const struct cut *cut)
@@ -276,6 +401,9 @@ static struct summary summarize(const struct cut *cut)
     for (size_t i = 0; i < s.n; i++) {
         s.mean += l[i].error / (double)s.n;
         s.n_nonfinite += l[i].n_nonfinite;
+        s.output += sqrt(fmax(l[i].stats.error, 0)) / (double)s.n;
+        s.nearest += sqrt(fmax(l[i].stats.nearest_error, 0)) / (double)s.n;
+        s.damping = fmax(s.damping, l[i].stats.damping);
         if (l[i].error > s.worst) {
             s.worst = l[i].error;
             s.worst_name = l[i].plan->tensor->name;
@@ -295,10 +423,35 @@ static void describe_result(const struct cut *cut, const struct args *a, const s
     describe_scheme(recipe->scheme, out);
     text_printf(out, "; %zu stay in 16 bits\n", t.n_kept);
     text_printf(out, "error    mean %.4f of the weights, worst %.4f (%s)\n", s.mean, s.worst, s.worst_name);
+    if (recipe->calibrated) {
+        text_printf(out, "         mean %.4f of the outputs over the calibration, %.4f with nearest codes\n",
+                    s.output, s.nearest);
+        text_printf(out, "text     %s, %lld samples of %lld tokens\n", recipe->calib.text,
+                    (long long)cut_data(cut)->samples, (long long)cut_data(cut)->length);
+    }
+    if (s.damping > recipe->damping)
+        text_printf(out, "         damping had to be raised to %g\n", s.damping);
     if (s.n_nonfinite)
         text_printf(out, "         %lld NaN or infinite weights were taken as 0\n", (long long)s.n_nonfinite);
     text_printf(out, "time     %s, %s\n", human_seconds(seconds).s,
                 a->no_verify ? "not read back" : "read back and compared");
+}
+
+/* Seconds by kind of work, where they were counted. */
+static void put_times(const double *seconds, struct text *out)
+{
+    static const char *const names[N_WORK] = {
+        [WORK_LOAD] = "load", [WORK_FORWARD] = "forward", [WORK_SOLVE] = "solve", [WORK_DELIVER] = "deliver"};
+    double sum = 0;
+    for (int i = 0; i < N_WORK; i++)
+        sum += seconds[i];
+    if (!(sum > 0))
+        return;
+    json_put_key(out, "calibration_seconds");
+    json_begin_object(out);
+    for (int i = 0; i < N_WORK; i++)
+        json_kv_double(out, names[i], seconds[i]);
+    json_end_object(out);
 }
 
 static void result_json(const struct cut *cut, const struct args *a, double seconds, struct text *out)
@@ -321,9 +474,18 @@ static void result_json(const struct cut *cut, const struct args *a, double seco
         json_kv_int(out, "group_size",
                     l[i].plan->scheme.group ? l[i].plan->scheme.group : l[i].plan->tensor->shape[1]);
         json_kv_double(out, "weight_error", l[i].error);
+        if (cut_data(cut)) {
+            json_kv_double(out, "output_error", sqrt(fmax(l[i].stats.error, 0)));
+            json_kv_double(out, "nearest_output_error", sqrt(fmax(l[i].stats.nearest_error, 0)));
+            json_kv_double(out, "damping", l[i].stats.damping);
+            json_kv_double(out, "clipped", l[i].stats.clipped);
+            json_kv_int(out, "dead_inputs", l[i].stats.n_dead);
+        }
         json_end_object(out);
     }
     json_end_array(out);
+    if (cut_data(cut))
+        put_times(cut_seconds(cut), out);
 }
 
 static int write_report(const struct cut *cut, const struct args *a, double seconds)
@@ -362,7 +524,8 @@ static int dry_run(const struct cut *cut, const struct args *a, const struct rec
 
 static int run(struct cut *cut, const struct args *a, const struct recipe *recipe)
 {
-    const struct cut_events events = {on_stage, on_bytes, on_linear, NULL};
+    struct watch watch = {.calibrated = recipe->calibrated};
+    const struct cut_events events = {on_stage, on_bytes, on_linear, &watch};
     struct text out = {0};
     const double start = clock_seconds();
     int rc = cut_run(cut, &events);
@@ -383,7 +546,7 @@ static int run(struct cut *cut, const struct args *a, const struct recipe *recip
 
 int cmd_quantize(int argc, char **argv)
 {
-    struct args a = {0};
+    struct args a = {.method = -1};
     struct recipe recipe = {0};
     struct cut *cut = NULL;
     int rc = cmd_begin(&spec, argc, argv, &a, &a.output);
@@ -397,6 +560,7 @@ int cmd_quantize(int argc, char **argv)
                                         .device = a.machine.name,
                                         .version = GEMCUT_VERSION,
                                         .recipe = recipe,
+                                        .count_time = a.report != NULL,
                                         .shard_bytes = a.shard_size,
                                         .n_workers = (int)a.machine.threads,
                                         .overwrite = a.overwrite,

@@ -63,12 +63,31 @@ enum scale_rule {
     SCALE_RANGE, /* the larger side of the group maps to the lowest code: uses all codes, scale may be negative */
     SCALE_ABSMAX, /* max |w| / (2^(bits−1) − 0.5), as llm-compressor does */
     SCALE_MSE,    /* the candidate around SCALE_RANGE with the least squared error */
+    /* under a Hessian, by search_scales alone: */
+    SCALE_WEIGHTED, /* the candidate of least error weighed by its diagonal, … */
+    SCALE_BLOCK,    /* … by the block of the group */
 };
 
 struct scale_spec {
     enum scale_rule rule;
     bool positive_only; /* for readers that cannot take negative scales */
 };
+
+/* How search_scales weighs the errors of a group's weights. */
+struct search_spec {
+    bool block; /* by the group's block of the Hessian, eHeᵀ; else by its diagonal, Σ Hⱼⱼ·eⱼ² */
+    bool positive_only;
+};
+
+/* A weight on its way into codes. */
+struct rounding {
+    const struct mat *w;  /* [rows, cols]: BF16, F16 or F32 */
+    const struct qmat *q; /* scales and zero points of all its groups; packed is not used */
+    const struct mat
+        *codes; /* I8 [rows, cols], columns in the weight's order: q − zero, so ŵ = bf16(code·scale) */
+};
+
+enum { SWEEP_COLUMNS = 128 }; /* that sweep_block and descend_block take at a time, at most */
 
 /* Memory on the device; owned by who acquired it. */
 struct buf {
@@ -138,6 +157,9 @@ struct core_ops {
     void (*release)(const struct backend *b, struct buf *buf);
     int (*acquire_staging)(const struct backend *b, size_t bytes, const char *what, struct staged_buf *out);
     void (*release_staging)(const struct backend *b, struct staged_buf *s);
+    /* Memory of the host alone, that copies to and from the device are fast with. */
+    int (*acquire_host)(const struct backend *b, size_t bytes, const char *what, struct buf *out);
+    void (*release_host)(const struct backend *b, struct buf *buf);
     int (*memory)(const struct backend *b, struct device_memory *out);
 
     /* Host memory to the device and back. upload may return before the device has the bytes, but no longer needs
@@ -155,9 +177,13 @@ struct core_ops {
     int (*zero_nonfinite)(const struct backend *b, const struct mat *w, int64_t *count);
     /* sums (device): Σ (x − y)² and Σ x², in a fixed order. Both BF16, F16 or F32, of equal shape. */
     int (*squared_error)(const struct backend *b, const struct mat *x, const struct mat *y, double sums[2]);
-    /* The same for every group of columns of every row: sums (device) [rows, groups, 2]. */
+    /* squared_error for every group of columns of every row: sums (device) [rows, groups, 2]. */
     int (*group_squared_error)(const struct backend *b, const struct mat *x, const struct mat *y,
                                int64_t group, double *sums);
+    /* *sum (device): Σ x⊙y, in a fixed order. BF16, F16 or F32, of equal shape. */
+    int (*dot)(const struct backend *b, const struct mat *x, const struct mat *y, double *sum);
+    /* Every element = 0. Any dtype. */
+    int (*zero)(const struct backend *b, const struct mat *m);
 
     /* out F32 [ids, hidden] = table[id]·scale. ids: on the host, in range. */
     int (*embed)(const struct backend *b, const struct mat *table, const int32_t *ids, float scale,
@@ -173,6 +199,10 @@ struct core_ops {
     /* out [n, rows(w)] = x [n, cols(w)] · wᵀ. x: act; out: act or F32. Where act is BF16, w is rounded to BF16 too. */
     int (*gemm)(const struct backend *b, const struct mat *x, const struct mat *w, const struct mat *out);
     int (*q_gemm)(const struct backend *b, const struct mat *x, const struct qmat *w, const struct mat *out);
+    /* out F32 [n, cols] = (add ? out : 0) + alpha·x [n, k]·m [k, cols], whatever the activation type: accurate to 2⁻¹⁶
+     * of the operands or better. x: BF16, F16, F32 or I8; m: F32. */
+    int (*matmul)(const struct backend *b, float alpha, const struct mat *x, const struct mat *m, bool add,
+                  const struct mat *out);
     /* table F32 [n, 2·half]: cosines, then sines, of position·inv_freq[i] (host, [half]); row r is at
      * first_position + r */
     int (*rope_table)(const struct backend *b, const float *inv_freq, int64_t first_position,
@@ -204,6 +234,50 @@ struct quant_ops {
     int (*quantize)(const struct backend *b, const struct mat *w, struct qmat *q);
     /* out: BF16 or F32 [rows, cols], the dequantized weight (its BF16 value in either case). */
     int (*dequantize)(const struct backend *b, const struct qmat *q, const struct mat *out);
+
+    /* What calibrated methods consist of. H, the Hessian of a linear's inputs x, is Σ xᵀx, F32 [cols, cols]; of two
+     * columns i and j in different 128-column blocks, hessian_add may leave out the pair above the diagonal (i < j),
+     * and hessian_finish puts it there. */
+    int (*hessian_add)(const struct backend *b, const struct mat *x, const struct mat *h);
+    int (*hessian_finish)(const struct backend *b, const struct mat *h);
+    /* to (host, [cols]): the diagonal */
+    int (*diagonal)(const struct backend *b, const struct mat *h, float *to);
+    /* P(H + added·I)Pᵀ = M·D·Mᵀ with M unit upper triangular, P putting column order[j] at place j (order: I32 [1, cols]).
+     * factor F32 [cols, cols] = M; below its diagonal anything. In FP64; work: F64 [cols, cols]. *definite (host) = 0
+     * where the matrix is not positive definite. */
+    int (*factorize)(const struct backend *b, const struct mat *h, const struct mat *order, float added,
+                     const struct mat *work, const struct mat *factor, int *definite);
+    /* Fills q->scales (and q->zeros when it has data) with the candidates of least weighed squared error. */
+    int (*search_scales)(const struct backend *b, const struct mat *w, const struct mat *h,
+                         const struct search_spec *spec, const struct qmat *q);
+    /* codes = the nearest, as quantize has them */
+    int (*round_codes)(const struct backend *b, const struct rounding *r);
+    /* GPTQ, places [first, first + errors->cols) of the order: with t = w + feedback (F32 [rows, cols], by place; taken
+     * as it is for these columns), place by place the nearest code of t, the error e = w − ŵ, and t += e·factor[j, k] at
+     * the places k behind it in this block. errors F32 [rows, n] = e. */
+    int (*sweep_block)(const struct backend *b, const struct rounding *r, const struct mat *order,
+                       const struct mat *factor, const struct mat *feedback, int64_t first,
+                       const struct mat *errors);
+    /* Coordinate descent, columns [first, first + changes->cols): with g = gradient[:, column] + feedback (F32 [rows,
+     * n]), gradient F32 [rows, cols] = (w − ŵ)·H, column by column the code nearest to code + g / (Hⱼⱼ·scale), the
+     * change c = ŵ after − ŵ before, and g −= c·h[j, k] at the columns k behind it in this block. changes F32 [rows, n]
+     * = c. Columns with Hⱼⱼ = 0 stay. */
+    int (*descend_block)(const struct backend *b, const struct rounding *r, const struct mat *h,
+                         const struct mat *gradient, const struct mat *feedback, int64_t first,
+                         const struct mat *changes);
+    /* out F32 [rows, groups] = Σ over the group's columns of x⊙codes; x F32, codes I8 [rows, cols] */
+    int (*group_dots)(const struct backend *b, const struct mat *x, const struct mat *codes, int64_t group,
+                      const struct mat *out);
+    /* Scales of least squared error for given codes, row by row: f(s) = s·A·sᵀ − 2·s·bᵀ with a F32 [rows, groups²], of
+     * which the triangle j ≥ i of [i, j] is given and everything overwritten, and rhs F32 [rows, groups] = b. A row's
+     * new scales, rounded as they are stored, stay only where they lower f; their signs are free unless positive_only.
+     * *n_kept (device): rows that got new ones. */
+    int (*solve_scales)(const struct backend *b, const struct mat *a, const struct mat *rhs,
+                        bool positive_only, const struct qmat *q, int64_t *n_kept);
+    /* out F32 [rows, cols] = w − ŵ */
+    int (*residual)(const struct backend *b, const struct rounding *r, const struct mat *out);
+    /* q->packed = codes + zero, as quantize writes them; bits beyond a row's last column are 0 */
+    int (*pack_codes)(const struct backend *b, const struct mat *codes, const struct qmat *q);
 };
 
 struct backend {

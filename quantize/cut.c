@@ -22,6 +22,11 @@ struct cut {
     struct writer *writer;
     struct pipeline *pipeline;
     struct parallel *pool;
+    struct calibrate_plan calibration;
+    struct dataset own;         /* read for recipe.calib */
+    const struct dataset *data; /* NULL, unless calibrated */
+    int32_t bos;
+    double seconds[N_WORK];
 };
 
 /* --- opening -------------------------------------------------------------------------------------------------- */
@@ -43,6 +48,22 @@ static int open_pool(struct cut *c)
     return parallel_open(&c->pool, (int)(limit / each));
 }
 
+/* What a calibrated method looks at, and what it will need. */
+static int open_calibration(struct cut *c)
+{
+    const struct recipe *r = &c->options.recipe;
+    int rc = 0;
+    if (!r->calibrated)
+        return 0;
+    c->data = c->options.data ? c->options.data : &c->own;
+    c->bos = -1;
+    if (!c->options.data)
+        rc = calib_data_make(&c->own, &c->source, &r->calib, &c->bos);
+    return rc ? rc
+              : calibrate_plan(&c->calibration, &c->source, &c->plan, &c->backend, c->data->samples,
+                               c->data->length);
+}
+
 int cut_open(struct cut **out, const struct cut_options *options)
 {
     *out = NULL;
@@ -52,7 +73,7 @@ int cut_open(struct cut **out, const struct cut_options *options)
     c->options = *options;
     int rc = staging_init(&c->place, options->out);
     if (!rc)
-        rc = backend_open(&c->backend, options->device, 1);
+        rc = backend_open(&c->backend, options->device, options->recipe.calibrated ? options->n_workers : 1);
     if (!rc)
         rc = model_open_unquantized(&c->source, options->model);
     if (!rc)
@@ -66,6 +87,8 @@ int cut_open(struct cut **out, const struct cut_options *options)
                            &c->options.recipe, c->writer, &c->backend);
     if (!rc)
         rc = open_pool(c);
+    if (!rc)
+        rc = open_calibration(c);
     if (rc < 0)
         cut_close(c);
     else
@@ -77,6 +100,7 @@ void cut_close(struct cut *c)
 {
     if (!c)
         return;
+    dataset_free(&c->own);
     pipeline_close(c->pipeline);
     writer_close(c->writer);
     parallel_close(c->pool);
@@ -92,7 +116,8 @@ struct cut_totals cut_totals(const struct cut *c)
     struct cut_totals t = {.source_bytes = pipeline_source_bytes(c->pipeline),
                            .output_bytes = writer_bytes(c->writer),
                            .n_workers = parallel_workers(c->pool),
-                           .n_tensors = c->source.checkpoint.n_tensors};
+                           .n_tensors = c->source.checkpoint.n_tensors,
+                           .calibration = c->calibration};
     t.memory_bytes = pipeline_memory_bytes(c->pipeline, t.n_workers);
     for (size_t i = 0; i < t.n_tensors; i++) {
         const struct tensor *source = &c->source.checkpoint.tensors[i];
@@ -120,6 +145,16 @@ const struct recipe_plan *cut_plan(const struct cut *c)
 const struct cut_linear *cut_linears(const struct cut *c, size_t *n)
 {
     return pipeline_linears(c->pipeline, n);
+}
+
+const double *cut_seconds(const struct cut *c)
+{
+    return c->seconds;
+}
+
+const struct dataset *cut_data(const struct cut *c)
+{
+    return c->data;
 }
 
 /* One block of made-up weights through the kernels that the plan will use. */
@@ -199,6 +234,36 @@ static void put_hash(struct text *t, const char *key, struct hash128 hash)
     json_kv_string(t, key, hex);
 }
 
+/* Relative output errors ‖(W − Ŵ)X‖ / ‖WX‖ over the calibration's inputs. */
+static void write_stats(const struct gptq_stats *s, struct text *t)
+{
+    json_kv_double(t, "output_error", sqrt(fmax(s->error, 0)));
+    json_kv_double(t, "nearest_output_error", sqrt(fmax(s->nearest_error, 0)));
+    json_kv_double(t, "damping", s->damping);
+    json_kv_double(t, "clipped", s->clipped);
+    json_kv_int(t, "dead_inputs", s->n_dead);
+}
+
+/* What was calibrated with: enough to make the same ids again, and their hash to see that they are. */
+static void write_calibration(const struct cut *c, struct text *t)
+{
+    const struct calib_spec *spec = &c->options.recipe.calib;
+    if (!c->data)
+        return;
+    json_put_key(t, "calibration");
+    json_begin_object(t);
+    if (spec->text)
+        json_kv_string(t, "text", calib_data_name(spec));
+    json_kv_int(t, "samples", c->data->samples);
+    json_kv_int(t, "length", c->data->length);
+    json_kv_uint(t, "seed", spec->seed);
+    json_kv_string(t, "order", spec->shuffle ? "shuffle" : "file");
+    json_kv_bool(t, "skip_bos", spec->skip_bos);
+    put_hash(t, "ids",
+             hash_bytes(c->data->ids, (size_t)(c->data->samples * c->data->length) * sizeof *c->data->ids));
+    json_end_object(t);
+}
+
 static void write_linears(const struct cut *c, struct text *t)
 {
     size_t n;
@@ -218,6 +283,8 @@ static void write_linears(const struct cut *c, struct text *t)
         json_kv_string(t, "scheme", recipe_scheme_name(plan->scheme));
         json_kv_int(t, "group_size", plan->scheme.group ? plan->scheme.group : plan->tensor->shape[1]);
         json_kv_double(t, "weight_error", linears[i].error);
+        if (c->options.recipe.calibrated)
+            write_stats(&linears[i].stats, t);
         if (linears[i].n_nonfinite)
             json_kv_int(t, "nonfinite_as_zero", linears[i].n_nonfinite);
         put_hash(t, "source", linears[i].source_hash);
@@ -263,6 +330,7 @@ static int write_record(const struct cut *c)
     put_hash(&t, "config", hash_bytes(c->source.config.text, c->source.config.text_len));
     json_kv_uint(&t, "tensor_bytes", pipeline_source_bytes(c->pipeline));
     json_end_object(&t);
+    write_calibration(c, &t);
     write_linears(c, &t);
     json_put_key(&t, "tensors");
     json_begin_object(&t);
@@ -307,6 +375,32 @@ static int check_written(const struct cut *c, const struct cut_events *events)
     return rc;
 }
 
+static int deliver(void *ctx, const struct calibrated_linear *l)
+{
+    struct cut *c = ctx;
+    return pipeline_deliver(c->pipeline, l->plan, &l->q, &l->stats);
+}
+
+static int on_block(void *ctx, int layer)
+{
+    (void)ctx;
+    (void)layer;
+    return 0;
+}
+
+static int calibrate(struct cut *c, const struct cut_events *events)
+{
+    const struct recipe *r = &c->options.recipe;
+    const struct calibrate_options options = {.gptq = recipe_gptq(r),
+                                              .skip_id = r->calib.skip_bos ? c->bos : -1,
+                                              .allow_nonfinite = r->allow_nonfinite};
+    const struct calibrate_events inner = {.on_linear = deliver, .on_block = on_block, .ctx = c};
+    if (events->on_stage)
+        events->on_stage(events->ctx, CUT_CALIBRATE, cut_totals(c).n_linears);
+    return calibrate_run(&c->source, &c->plan, &c->backend, c->data, &options, &inner,
+                         c->options.count_time ? c->seconds : NULL);
+}
+
 static int build(struct cut *c, const struct cut_events *events)
 {
     const struct pipeline_events inner = {events->on_bytes, events->on_linear, events->ctx};
@@ -315,6 +409,8 @@ static int build(struct cut *c, const struct cut_events *events)
     int rc = writer_begin(c->writer);
     if (!rc)
         rc = pipeline_run(c->pipeline, c->pool, &c->backend, &inner);
+    if (!rc && c->data)
+        rc = calibrate(c, events);
     if (!rc)
         rc = staging_copy_side_files(&c->place, c->source.folder);
     if (!rc)

@@ -3,6 +3,7 @@
 #ifndef GEMCUT_QUANTIZE_CUT_H
 #define GEMCUT_QUANTIZE_CUT_H
 
+#include "quantize/calibrate.h"
 #include "quantize/pipeline.h"
 #include "runtime/model.h"
 
@@ -12,19 +13,26 @@ struct cut_options {
     const char *device;  /* "cpu", "auto" */
     const char *version; /* of the program, for the record */
     struct recipe recipe;
+    const struct dataset *data; /* ids to calibrate with in place of recipe.calib's text; NULL: read that */
+    bool count_time;            /* of the kinds of work of a calibrated method */
     uint64_t shard_bytes;
     int n_workers;   /* 0: one for each processor */
     bool overwrite;  /* an existing OUT is replaced, if gemcut wrote it */
     bool skip_check; /* do not read the result back */
 };
 
-enum cut_stage { CUT_QUANTIZE, CUT_CHECK };
+enum cut_stage {
+    CUT_QUANTIZE, /* total: bytes of the source; of a calibrated method, everything that it leaves as it is */
+    CUT_CALIBRATE, /* total: linears */
+    CUT_CHECK      /* total: bytes of the result */
+};
 
 /* All may be NULL; called from any thread, one at a time. */
 struct cut_events {
-    void (*on_stage)(void *ctx, enum cut_stage stage, uint64_t total_bytes);
+    void (*on_stage)(void *ctx, enum cut_stage stage, uint64_t total);
     void (*on_bytes)(void *ctx, uint64_t bytes);
-    void (*on_linear)(void *ctx, const char *name, double error);
+    /* A linear is done. Its stats are filled where the method is calibrated. */
+    void (*on_linear)(void *ctx, const struct cut_linear *linear);
     void *ctx;
 };
 
@@ -40,6 +48,7 @@ struct cut_totals {
     size_t n_tensors, n_linears, n_kept; /* kept: linears that stay in 16 bits */
     int64_t n_parameters, n_quantized;   /* elements of all tensors; of quantized linears */
     int n_workers;
+    struct calibrate_plan calibration; /* zeros, unless calibrated; its memory is counted by itself */
 };
 struct cut_totals cut_totals(const struct cut *cut);
 const struct model *cut_source(const struct cut *cut);
@@ -53,5 +62,7 @@ int cut_run(struct cut *cut, const struct cut_events *events);
 
 /* After cut_run. */
 const struct cut_linear *cut_linears(const struct cut *cut, size_t *n);
+const double *cut_seconds(const struct cut *cut);      /* [N_WORK]; zeros unless they were counted */
+const struct dataset *cut_data(const struct cut *cut); /* what was calibrated with */
 
 #endif

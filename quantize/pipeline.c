@@ -58,7 +58,11 @@ static int plan_item(struct pipeline *p, struct item *it)
     const int64_t source_piece = tensor_piece_rows(cols, t->dtype);
     it->written = p->n_written;
     int rc;
-    if (it->linear) {
+    if (it->linear && p->calibrated) {
+        it->cut = p->n_linears++;
+        it->task_rows = source_piece * TASK_PIECES;
+        rc = announce_linear(p, it);
+    } else if (it->linear) {
         it->cut = p->n_linears++;
         const int64_t words = quant_packed_cols(it->linear->scheme, cols);
         const int64_t packed_piece = tensor_piece_rows(words, DTYPE_I32);
@@ -74,7 +78,8 @@ static int plan_item(struct pipeline *p, struct item *it)
         rc = announce(p, t->name, "", t->dtype, t->n_dims, t->shape, &it->id);
     }
     const int64_t run = it->task_rows < rows ? it->task_rows : rows;
-    grow_to(&p->source_run, (uint64_t)(it->linear || run < source_piece ? run : source_piece) * row_bytes);
+    grow_to(&p->source_run,
+            (uint64_t)(pipeline_rounds(p, it) || run < source_piece ? run : source_piece) * row_bytes);
     it->n_tasks = t->bytes ? (size_t)pipeline_pieces(rows, it->task_rows) : 0;
     it->first_task = p->n_tasks;
     p->n_tasks += it->n_tasks;
@@ -110,6 +115,7 @@ int pipeline_open(struct pipeline **out, const struct checkpoint *source, const 
                            .writer = writer,
                            .scales = recipe->scales,
                            .allow_nonfinite = recipe->allow_nonfinite,
+                           .calibrated = recipe->calibrated,
                            .block_bytes = b->block_bytes,
                            .on_host = b->host_memory,
                            .n_items = source->n_tensors};
@@ -181,7 +187,7 @@ uint64_t pipeline_memory_bytes(const struct pipeline *p, int n_workers)
     uint64_t state = 0; /* the scales of the largest tensors under way: one a worker and its predecessor */
     for (size_t i = 0; i < p->n_items; i++) {
         const struct item *it = &p->items[i];
-        if (!it->linear)
+        if (!pipeline_rounds(p, it))
             continue;
         const uint64_t bytes =
             (uint64_t)(it->source->shape[0] * quant_groups(it->linear->scheme, it->source->shape[1])) * 3;

@@ -1,7 +1,10 @@
 /* The stream from a source checkpoint to a writer. Every tensor is cut into runs of rows; a worker reads a run,
  * quantizes or passes it on, hashes it and writes it in its place. Memory is bounded by a run of rows for each
  * worker and the scales of the few tensors under way. What is cut where follows from the shapes alone, so the
- * result does not depend on the number of workers. */
+ * result does not depend on the number of workers.
+ *
+ * With a recipe that is calibrated, the run passes on what is not quantized and hashes the weights that are; their codes
+ * come from elsewhere (quantize/calibrate.h), by pipeline_deliver. */
 #ifndef GEMCUT_QUANTIZE_PIPELINE_H
 #define GEMCUT_QUANTIZE_PIPELINE_H
 
@@ -9,6 +12,7 @@
 #include "base/parallel.h"
 #include "formats/checkpoint.h"
 #include "formats/writer.h"
+#include "quantize/gptq.h"
 #include "quantize/recipe.h"
 
 /* One tensor that the cut writes, for the record. */
@@ -23,14 +27,15 @@ struct cut_linear {
     struct hash128 source_hash; /* of the weight that was quantized */
     double error;               /* ‖W − Ŵ‖ / ‖W‖; 0 for an all-zero weight */
     int64_t n_nonfinite;        /* values that were taken as 0 (allow_nonfinite) */
+    struct gptq_stats stats;    /* when the recipe is calibrated */
 };
 
 struct pipeline;
 
 /* What is told while it runs, from any thread but one at a time. */
 struct pipeline_events {
-    void (*on_bytes)(void *ctx, uint64_t source_bytes);           /* read since the last call */
-    void (*on_linear)(void *ctx, const char *name, double error); /* a linear is done */
+    void (*on_bytes)(void *ctx, uint64_t source_bytes);            /* read since the last call */
+    void (*on_linear)(void *ctx, const struct cut_linear *linear); /* a linear is done */
     void *ctx;
 };
 
@@ -49,7 +54,12 @@ uint64_t pipeline_memory_bytes(const struct pipeline *p, int n_workers);
 int pipeline_run(struct pipeline *p, struct parallel *pool, const struct backend *b,
                  const struct pipeline_events *events);
 
-/* Results, after pipeline_run, in the order of the source. */
+/* The result of a linear of a calibrated recipe: q on the host, rows without gaps. Once for each, in any order, after
+ * pipeline_run; from one thread. */
+int pipeline_deliver(struct pipeline *p, const struct linear_plan *linear, const struct qmat *q,
+                     const struct gptq_stats *stats);
+
+/* Results, after pipeline_run in the order of the source. */
 const struct written_tensor *pipeline_tensors(const struct pipeline *p, size_t *n);
 const struct cut_linear *pipeline_linears(const struct pipeline *p, size_t *n);
 

@@ -44,7 +44,7 @@ struct pipeline {
     const struct checkpoint *checkpoint;
     struct writer *writer;
     struct scale_spec scales;
-    bool allow_nonfinite;
+    bool allow_nonfinite, calibrated;
     struct item *items;
     size_t n_items, n_tasks;
     struct written_tensor *written;
@@ -68,6 +68,12 @@ static inline int64_t pipeline_pieces(int64_t rows, int64_t piece_rows)
 
 /* Rows of a task that the kernels get at a time. */
 int64_t pipeline_block_rows(const struct pipeline *p, uint64_t row_bytes, int64_t task_rows);
+
+/* What a task does with rows of an item. */
+static inline bool pipeline_rounds(const struct pipeline *p, const struct item *it)
+{
+    return it->linear && !p->calibrated;
+}
 
 /* Frees what an item holds while it is under way. */
 void pipeline_release(struct item *it);

@@ -25,7 +25,7 @@ static bool is_float(enum dtype t)
     return t == DTYPE_BF16 || t == DTYPE_F16 || t == DTYPE_F32;
 }
 
-/* Copies the task's rows, a piece at a time. */
+/* Copies the task's rows, a piece at a time; those of a weight whose codes come from elsewhere are only hashed. */
 static int copy_rows(struct pipeline *p, struct item *it, struct worker *w, int64_t row, int64_t end)
 {
     const struct tensor *t = it->source;
@@ -43,7 +43,7 @@ static int copy_rows(struct pipeline *p, struct item *it, struct worker *w, int6
             rc = w->host.core->find_nonfinite(&w->host, &m, &nonfinite);
         if (!rc && nonfinite >= 0)
             rc = nonfinite_error(p, it, row * cols + nonfinite);
-        if (!rc)
+        if (!rc && !it->linear)
             rc = writer_put(p->writer, it->id, at, source, bytes);
         if (rc < 0)
             return rc;
@@ -184,7 +184,7 @@ static int quantize_rows(struct pipeline *p, struct item *it, struct worker *w, 
 
 /* --- a tensor's beginning and end ------------------------------------------------------------------------------ */
 
-static int begin_item(struct item *it)
+static int begin_item(const struct pipeline *p, struct item *it)
 {
     const struct tensor *t = it->source;
     const int64_t rows = tensor_rows(t), cols = tensor_cols(t);
@@ -193,7 +193,7 @@ static int begin_item(struct item *it)
                                   sizeof *it->source_pieces, "tensor hashes");
     if (!it->source_pieces)
         return ERR_MEMORY;
-    if (!it->linear)
+    if (!pipeline_rounds(p, it))
         return 0;
     const struct quant_scheme s = it->linear->scheme;
     const size_t n_scales = (size_t)(rows * quant_groups(s, cols));
@@ -226,7 +226,7 @@ static int put_whole(struct pipeline *p, size_t id, const void *data, enum dtype
 }
 
 /* Zero points on disk: packed along the rows, 32/bits of them in a word, as q + 2^(bits−1). */
-static int put_zeros(struct pipeline *p, struct item *it, struct hash128 *hash)
+static int put_zeros(struct pipeline *p, const struct item *it, const int8_t *zeros, struct hash128 *hash)
 {
     const struct quant_scheme s = it->linear->scheme;
     const int64_t rows = it->source->shape[0], groups = quant_groups(s, it->source->shape[1]);
@@ -237,37 +237,65 @@ static int put_zeros(struct pipeline *p, struct item *it, struct hash128 *hash)
     const uint32_t offset = 1u << (s.bits - 1), mask = (1u << s.bits) - 1;
     for (int64_t r = 0; r < rows; r++)
         for (int64_t g = 0; g < groups; g++)
-            words[r / per_word * groups + g] |= (((uint32_t)it->zeros[r * groups + g] + offset) & mask)
+            words[r / per_word * groups + g] |= (((uint32_t)zeros[r * groups + g] + offset) & mask)
                                                 << r % per_word * s.bits;
     const int rc = put_whole(p, it->zero_id, words, DTYPE_I32, 2, (int64_t[]){word_rows, groups}, hash);
     free(words);
     return rc;
 }
 
-static int finish_linear(struct pipeline *p, struct item *it, struct hash128 source_hash)
+/* Everything of a linear but its codes; out: the hashes in the order of announce_linear. */
+static int put_scales(struct pipeline *p, const struct item *it, const uint16_t *scales, const int8_t *zeros,
+                      struct written_tensor *out)
 {
     const struct quant_scheme s = it->linear->scheme;
     const int64_t rows = it->source->shape[0], cols = it->source->shape[1], groups = quant_groups(s, cols);
-    const size_t packed_pieces =
-        (size_t)pipeline_pieces(rows, tensor_piece_rows(quant_packed_cols(s, cols), DTYPE_I32));
+    int rc = put_whole(p, it->scale_id, scales, DTYPE_BF16, 2, (int64_t[]){rows, groups}, &out[1].hash);
+    if (!rc)
+        rc = put_whole(p, it->shape_id, (int64_t[]){rows, cols}, DTYPE_I64, 1, (int64_t[]){2}, &out[2].hash);
+    return rc || s.symmetric ? rc : put_zeros(p, it, zeros, &out[3].hash);
+}
+
+static int finish_linear(struct pipeline *p, struct item *it, struct hash128 source_hash)
+{
+    const int64_t rows = it->source->shape[0],
+                  words = quant_packed_cols(it->linear->scheme, it->source->shape[1]);
+    const size_t packed_pieces = (size_t)pipeline_pieces(rows, tensor_piece_rows(words, DTYPE_I32));
+    struct cut_linear *cut = &p->linears[it->cut];
+    cut->source_hash = source_hash;
+    if (p->calibrated)
+        return 0;
     struct written_tensor *out = &p->written[it->written];
     double error = 0, reference = 0;
     for (size_t i = 0; i < it->n_tasks; i++) {
         error += it->squares[2 * i];
         reference += it->squares[2 * i + 1];
     }
-    struct cut_linear *cut = &p->linears[it->cut];
-    cut->source_hash = source_hash;
     cut->error = reference > 0 ? sqrt(error / reference) : 0;
     cut->n_nonfinite = it->n_nonfinite;
-    int rc = tensor_hash_combine(it->packed_pieces, packed_pieces, DTYPE_I32, 2,
-                                 (int64_t[]){rows, quant_packed_cols(s, cols)}, &out[0].hash);
+    const int rc = tensor_hash_combine(it->packed_pieces, packed_pieces, DTYPE_I32, 2,
+                                       (int64_t[]){rows, words}, &out[0].hash);
+    return rc ? rc : put_scales(p, it, it->scales, it->zeros, out);
+}
+
+int pipeline_deliver(struct pipeline *p, const struct linear_plan *linear, const struct qmat *q,
+                     const struct gptq_stats *stats)
+{
+    size_t i = 0;
+    while (i < p->n_items && p->items[i].linear != linear)
+        i++;
+    CHECK(i < p->n_items && p->calibrated);
+    struct item *it = &p->items[i];
+    struct written_tensor *out = &p->written[it->written];
+    struct cut_linear *cut = &p->linears[it->cut];
+    cut->error = sqrt(stats->weight_error);
+    cut->stats = *stats;
+    int rc = put_whole(p, it->id, q->packed.data, DTYPE_I32, 2, (int64_t[]){q->packed.rows, q->packed.cols},
+                       &out[0].hash);
     if (!rc)
-        rc = put_whole(p, it->scale_id, it->scales, DTYPE_BF16, 2, (int64_t[]){rows, groups}, &out[1].hash);
-    if (!rc)
-        rc = put_whole(p, it->shape_id, (int64_t[]){rows, cols}, DTYPE_I64, 1, (int64_t[]){2}, &out[2].hash);
-    if (!rc && !s.symmetric)
-        rc = put_zeros(p, it, &out[3].hash);
+        rc = put_scales(p, it, q->scales.data, q->zeros.data, out);
+    if (!rc && p->events->on_linear)
+        p->events->on_linear(p->events->ctx, cut);
     return rc;
 }
 
@@ -316,11 +344,11 @@ static int run_task(void *arg, size_t task, int worker)
     int rc = w->backend.state ? 0 : open_worker(p, w);
     pthread_mutex_lock(&p->lock);
     if (!rc && !it->source_pieces)
-        rc = begin_item(it);
+        rc = begin_item(p, it);
     pthread_mutex_unlock(&p->lock);
     if (!rc)
-        rc = it->linear ? quantize_rows(p, it, w, row, end, it->squares + 2 * part)
-                        : copy_rows(p, it, w, row, end);
+        rc = pipeline_rounds(p, it) ? quantize_rows(p, it, w, row, end, it->squares + 2 * part)
+                                    : copy_rows(p, it, w, row, end);
     if (rc < 0)
         return rc;
     pthread_mutex_lock(&p->lock);
@@ -332,9 +360,9 @@ static int run_task(void *arg, size_t task, int worker)
     if (!last)
         return 0;
     rc = finish_item(p, it);
-    if (!rc && it->linear && p->events->on_linear) {
+    if (!rc && pipeline_rounds(p, it) && p->events->on_linear) {
         pthread_mutex_lock(&p->lock);
-        p->events->on_linear(p->events->ctx, it->source->name, p->linears[it->cut].error);
+        p->events->on_linear(p->events->ctx, &p->linears[it->cut]);
         pthread_mutex_unlock(&p->lock);
     }
     return rc;

@@ -26,8 +26,11 @@ static const struct {
     {"32", 32}, {"64", 64}, {"128", 128}, {"256", 256}, {"channel", 0},
 };
 
-static const char *const scale_rules[] = {
-    [SCALE_RANGE] = "range", [SCALE_ABSMAX] = "absmax", [SCALE_MSE] = "mse"};
+static const char *const scale_rules[] = {[SCALE_RANGE] = "range",
+                                          [SCALE_ABSMAX] = "absmax",
+                                          [SCALE_MSE] = "mse",
+                                          [SCALE_WEIGHTED] = "weighted",
+                                          [SCALE_BLOCK] = "block"};
 static const char *const ragged_rules[] = {
     [RAGGED_SMALLER] = "smaller", [RAGGED_KEEP] = "keep", [RAGGED_ERROR] = "error"};
 
@@ -69,12 +72,25 @@ int recipe_parse_scales(const char *name, enum scale_rule *out)
             *out = (enum scale_rule)i;
             return 0;
         }
-    return err_set(ERR_USAGE, "unknown scale rule '%s', expected range, absmax or mse", name);
+    return err_set(ERR_USAGE, "unknown scale rule '%s', expected range, absmax, mse, weighted or block",
+                   name);
 }
 
 const char *recipe_scales_name(enum scale_rule rule)
 {
     return scale_rules[rule];
+}
+
+struct gptq_options recipe_gptq(const struct recipe *r)
+{
+    return (struct gptq_options){
+        .sweep = !strcmp(r->method, "gptq"),
+        .natural_order = r->natural_order,
+        .damping = r->damping,
+        .rounds = r->rounds,
+        .passes = r->passes,
+        .search = {.block = r->scales.rule == SCALE_BLOCK, .positive_only = r->scales.positive_only},
+        .scales = r->scales.rule};
 }
 
 int recipe_parse_override(const char *text, struct quant_scheme base, struct recipe_override *out)
@@ -366,7 +382,7 @@ static const struct linear_plan *most_common(const struct recipe_plan *plan)
 int recipe_quant_config(struct quant_config *out, const struct recipe_plan *plan, const struct recipe *recipe,
                         const struct gemma_config *cfg)
 {
-    *out = (struct quant_config){.act_order = strcmp(recipe->method, "rtn") != 0};
+    *out = (struct quant_config){.act_order = !strcmp(recipe->method, "gptq") && !recipe->natural_order};
     const struct linear_plan *common = most_common(plan);
     struct quant_group *group;
     int rc = quant_config_add_group(out, common->scheme, &group);
@@ -434,5 +450,11 @@ void recipe_write(const struct recipe *r, struct text *out)
     }
     json_end_array(out);
     json_kv_bool(out, "allow_nonfinite", r->allow_nonfinite);
+    if (r->calibrated) {
+        json_kv_string(out, "order_columns", r->natural_order ? "natural" : "activation");
+        json_kv_double(out, "damping", r->damping);
+        json_kv_int(out, "refine", r->rounds);
+        json_kv_int(out, "passes", r->passes);
+    }
     json_end_object(out);
 }

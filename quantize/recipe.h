@@ -6,6 +6,8 @@
 #include "base/text.h"
 #include "formats/quant_config.h"
 #include "kernels/backend.h"
+#include "quantize/calib_data.h"
+#include "quantize/gptq.h"
 #include "runtime/gemma.h"
 
 #include <stdbool.h>
@@ -21,9 +23,14 @@ struct recipe_override {
 };
 
 struct recipe {
-    const char *method; /* "rtn" */
+    const char *method; /* "rtn", "gptq" */
     struct quant_scheme scheme;
     struct scale_spec scales;
+    bool calibrated;         /* the method looks at activations; the following count then */
+    struct calib_spec calib; /* what it looks at */
+    bool natural_order;
+    double damping;
+    int rounds, passes;
     enum ragged_rule ragged;
     const char *const *ignore; /* globs on tensor names or on names without ".weight" */
     size_t n_ignore;
@@ -41,9 +48,12 @@ const char *recipe_scheme_name(struct quant_scheme s);
 /* "32", "64", "128", "256" or "channel" (0). */
 int recipe_parse_group(const char *text, int64_t *group);
 
-/* "range", "absmax", "mse" */
+/* "range", "absmax", "mse", "weighted", "block" */
 int recipe_parse_scales(const char *name, enum scale_rule *out);
 const char *recipe_scales_name(enum scale_rule rule);
+
+/* The recipe as GPTQ takes it. */
+struct gptq_options recipe_gptq(const struct recipe *recipe);
 
 /* "GLOB=scheme,group"; either part after '=' may be missing, base fills it in. */
 int recipe_parse_override(const char *text, struct quant_scheme base, struct recipe_override *out);

@@ -2,6 +2,8 @@
 
 #include "base/err.h"
 #include "base/mem.h"
+#include "kernels/arena.h"
+#include "runtime/block.h"
 
 #include <inttypes.h>
 #include <math.h>
@@ -21,14 +23,6 @@ struct forward {
     void *observer_ctx;
 };
 
-/* Takes [rows, cols] from the plan at *offset, aligned to 256 bytes; base NULL: only counts. */
-static struct mat take(char *base, uint64_t *offset, enum dtype dtype, int64_t rows, int64_t cols)
-{
-    const struct mat m = {base ? base + *offset : NULL, dtype, rows, cols, cols};
-    *offset += ((uint64_t)(rows * cols) * dtype_bytes(dtype) + 255) / 256 * 256;
-    return m;
-}
-
 /* Lays out everything; with f = NULL only the size is computed. */
 static uint64_t plan(const struct gemma_config *c, enum dtype act, const struct forward_size *size,
                      struct forward *f)
@@ -40,17 +34,18 @@ static uint64_t plan(const struct gemma_config *c, enum dtype act, const struct 
     struct forward *p = f ? f : &unused;
     char *base = f ? f->memory.ptr : NULL;
     uint64_t at = 0;
-    p->x = take(base, &at, DTYPE_F32, tokens, c->hidden_size);
-    p->normed = take(base, &at, act, tokens, c->hidden_size);
-    p->branch = take(base, &at, act, tokens, c->hidden_size);
-    p->qkv = take(base, &at, act, tokens, heads + 2 * kv);
-    p->q = take(base, &at, act, tokens, heads);
-    p->attention = take(base, &at, act, tokens, heads);
-    p->gate_up = take(base, &at, act, tokens, 2 * c->intermediate_size);
-    p->rope[0] = take(base, &at, DTYPE_F32, size->max_rows, c->head_dim);
-    p->rope[1] = take(base, &at, DTYPE_F32, size->max_rows, c->head_dim);
+    p->x = arena_take(base, &at, DTYPE_F32, tokens, c->hidden_size);
+    p->normed = arena_take(base, &at, act, tokens, c->hidden_size);
+    p->branch = arena_take(base, &at, act, tokens, c->hidden_size);
+    p->qkv = arena_take(base, &at, act, tokens, heads + 2 * kv);
+    p->q = arena_take(base, &at, act, tokens, heads);
+    p->attention = arena_take(base, &at, act, tokens, heads);
+    p->gate_up = arena_take(base, &at, act, tokens, 2 * c->intermediate_size);
+    p->rope[0] = arena_take(base, &at, DTYPE_F32, size->max_rows, c->head_dim);
+    p->rope[1] = arena_take(base, &at, DTYPE_F32, size->max_rows, c->head_dim);
     for (int64_t i = 0; i < c->n_layers; i++) {
-        const struct mat keys = take(base, &at, act, slots, kv), values = take(base, &at, act, slots, kv);
+        const struct mat keys = arena_take(base, &at, act, slots, kv),
+                         values = arena_take(base, &at, act, slots, kv);
         if (f) {
             f->keys[i] = keys;
             f->values[i] = values;
@@ -125,17 +120,14 @@ static int attention_branch(struct forward *f, int layer, int64_t n, const struc
     const struct backend *b = f->w->backend;
     const int64_t tokens = f->n_sequences * n;
     const struct mat x = mat_rows(&f->x, 0, tokens), normed = mat_rows(&f->normed, 0, tokens),
-                     branch = mat_rows(&f->branch, 0, tokens), qkv = mat_rows(&f->qkv, 0, tokens),
-                     q = mat_rows(&f->q, 0, tokens), attention = mat_rows(&f->attention, 0, tokens);
-    const struct sequences sequences = {f->n_sequences, f->position, f->size.max_positions};
-    const struct heads heads = {k->n_heads, k->n_kv_heads, k->head_dim};
-    const struct qkv_spec split = {heads, sequences, *norm, &k->q_norm, &k->k_norm, &f->rope[k->rope]};
-    const struct attention_spec attend = {heads, sequences, k->score_scale, k->window};
-    int rc = linear_set_forward(b, &k->qkv, &normed, &qkv);
-    if (!rc)
-        rc = b->core->split_qkv(b, &split, &qkv, &q, &f->keys[layer], &f->values[layer]);
-    if (!rc)
-        rc = b->core->attention(b, &attend, &q, &f->keys[layer], &f->values[layer], &attention);
+                     branch = mat_rows(&f->branch, 0, tokens), attention = mat_rows(&f->attention, 0, tokens);
+    const struct block_pass pass = {.sequences = {f->n_sequences, f->position, f->size.max_positions},
+                                    .rope = &f->rope[k->rope],
+                                    .qkv = mat_rows(&f->qkv, 0, tokens),
+                                    .q = mat_rows(&f->q, 0, tokens),
+                                    .keys = f->keys[layer],
+                                    .values = f->values[layer]};
+    int rc = block_attention(f->w, layer, &pass, &normed, &attention);
     if (!rc)
         rc = linear_set_forward(b, &k->o, &attention, &branch);
     return rc ? rc
@@ -146,17 +138,15 @@ static int mlp_branch(struct forward *f, int layer, int64_t n, const struct norm
 {
     const struct block *k = &f->w->blocks[layer];
     const struct backend *b = f->w->backend;
-    const int64_t tokens = f->n_sequences * n, width = f->w->config.intermediate_size;
+    const int64_t tokens = f->n_sequences * n;
     const struct mat x = mat_rows(&f->x, 0, tokens), normed = mat_rows(&f->normed, 0, tokens),
                      branch = mat_rows(&f->branch, 0, tokens), gate_up = mat_rows(&f->gate_up, 0, tokens);
-    const struct mat gate = mat_cols(&gate_up, 0, width), up = mat_cols(&gate_up, width, width);
+    const struct mat inner = mat_cols(&gate_up, 0, f->w->config.intermediate_size);
     const struct mat *next =
         layer + 1 < f->w->config.n_layers ? &f->w->blocks[layer + 1].input_norm : &f->w->final_norm;
-    int rc = linear_set_forward(b, &k->gate_up, &normed, &gate_up);
+    int rc = block_mlp(f->w, layer, &normed, &gate_up, &inner);
     if (!rc)
-        rc = b->core->geglu(b, &gate, &up, &gate);
-    if (!rc)
-        rc = linear_set_forward(b, &k->down, &gate, &branch);
+        rc = linear_set_forward(b, &k->down, &inner, &branch);
     return rc ? rc : b->core->add_norm(b, &branch, &k->post_mlp_norm, &x, next, norm, &normed);
 }
 
@@ -170,7 +160,7 @@ int forward_run(struct forward *f, const int32_t *ids, int64_t n, struct mat *hi
                        f->position + n, f->size.max_positions);
     const struct mat x = mat_rows(&f->x, 0, f->n_sequences * n),
                      normed = mat_rows(&f->normed, 0, f->n_sequences * n);
-    const struct norm_spec norm = {.eps = (float)c->rms_norm_eps, .unit_offset = true};
+    const struct norm_spec norm = block_norm(c);
     /* the scale is √hidden itself here; BF16 runtimes round it to BF16 */
     int rc = b->core->embed(b, &f->w->embedding, ids, sqrtf((float)c->hidden_size), &x);
     for (int i = 0; !rc && i < 2; i++) {

@@ -21,17 +21,24 @@ struct transfer {
     size_t first_task;
 };
 
-struct loader {
-    struct weights *w;
-    const struct model *m;
-    struct transfer *list;
-    size_t n, capacity, n_tasks;
-    struct load_worker *workers;
-};
-
 struct load_worker {
     struct backend backend;
     struct staged_buf piece;
+};
+
+struct loader {
+    struct weights *w;
+    const struct model *m;
+    int part; /* that is being loaded */
+    struct transfer *list;
+    size_t n, capacity, n_tasks;
+    struct parallel *pool; /* opened by the first transfer */
+    struct load_worker *workers;
+};
+
+struct weight_buf {
+    struct buf buf;
+    int part;
 };
 
 /* Device memory that the weights own. */
@@ -39,10 +46,11 @@ static int acquire(struct weights *w, size_t bytes, const char *what, void **out
 {
     int rc = mem_grow(&w->bufs, &w->capacity, w->n_bufs + 1, sizeof *w->bufs, "the weight list");
     if (!rc)
-        rc = w->backend->core->acquire(w->backend, bytes, what, &w->bufs[w->n_bufs]);
+        rc = w->backend->core->acquire(w->backend, bytes, what, &w->bufs[w->n_bufs].buf);
     if (rc < 0)
         return rc;
-    *out = w->bufs[w->n_bufs++].ptr;
+    w->bufs[w->n_bufs].part = w->loader->part;
+    *out = w->bufs[w->n_bufs++].buf.ptr;
     w->bytes += bytes;
     return 0;
 }
@@ -71,19 +79,17 @@ static int transfer_task(void *ctx, size_t task, int worker)
     return rc ? rc : k->backend.core->upload(&k->backend, t->to + at, k->piece.host, n);
 }
 
-/* Runs the transfers with a thread for each processor, up to as many as storage can feed. */
-static int run_transfers(struct loader *l)
+/* A thread for each processor, up to as many as storage can feed. */
+static int open_workers(struct loader *l)
 {
-    struct parallel *pool;
-    int rc = parallel_open(&pool, 0);
+    int rc = parallel_open(&l->pool, 0);
+    if (!rc && parallel_workers(l->pool) > MAX_LOADERS) {
+        parallel_close(l->pool);
+        rc = parallel_open(&l->pool, MAX_LOADERS);
+    }
     if (rc < 0)
         return rc;
-    if (parallel_workers(pool) > MAX_LOADERS) {
-        parallel_close(pool);
-        if ((rc = parallel_open(&pool, MAX_LOADERS)) < 0)
-            return rc;
-    }
-    const int n = parallel_workers(pool);
+    const int n = parallel_workers(l->pool);
     l->workers = mem_alloc((size_t)n, sizeof *l->workers, "workers");
     rc = l->workers ? 0 : ERR_MEMORY;
     for (int i = 0; !rc && i < n; i++) {
@@ -92,16 +98,31 @@ static int run_transfers(struct loader *l)
         if (!rc && !k->backend.host_memory)
             rc = k->backend.core->acquire_staging(&k->backend, PIECE_BYTES, "a piece of a tensor", &k->piece);
     }
-    if (!rc)
-        rc = parallel_for(pool, l->n_tasks, transfer_task, l);
-    for (int i = 0; l->workers && i < n; i++) {
+    return rc;
+}
+
+static void close_loader(struct loader *l)
+{
+    if (!l)
+        return;
+    for (int i = 0; l->workers && i < parallel_workers(l->pool); i++) {
         struct load_worker *k = &l->workers[i];
         if (k->piece.host)
             k->backend.core->release_staging(&k->backend, &k->piece);
         backend_close(&k->backend);
     }
     free(l->workers);
-    parallel_close(pool);
+    free(l->list);
+    parallel_close(l->pool);
+    free(l);
+}
+
+static int run_transfers(struct loader *l)
+{
+    int rc = l->pool ? 0 : open_workers(l);
+    if (!rc)
+        rc = parallel_for(l->pool, l->n_tasks, transfer_task, l);
+    l->n = l->n_tasks = 0;
     return rc;
 }
 
@@ -221,8 +242,8 @@ static int load_linears(struct loader *l)
 {
     const struct model *m = l->m;
     int rc = 0;
-    for (size_t i = 0; !rc && i < m->n_linears;) {
-        const struct model_linear *members[3];
+    for (size_t i = 0, end; !rc && i < m->n_linears; i = end) {
+        const struct model_linear *members[3] = {NULL};
         const struct gemma_tensor *spec = m->linears[i].spec;
         struct block *block = &l->w->blocks[spec->layer];
         struct linear_set *const places[N_FUSED] = {[FUSED_QKV] = &block->qkv,
@@ -231,11 +252,12 @@ static int load_linears(struct loader *l)
                                                     [FUSED_DOWN] = &block->down};
         const enum gemma_fused set = gemma_fused_set(spec->role);
         int n = 0;
-        for (; i < m->n_linears && n < 3 && m->linears[i].spec->layer == spec->layer &&
-               gemma_fused_set(m->linears[i].spec->role) == set;
-             i++)
-            members[n++] = &m->linears[i];
-        rc = load_set(l, members, n, places[set]);
+        for (end = i; end < m->n_linears && n < 3 && m->linears[end].spec->layer == spec->layer &&
+                      gemma_fused_set(m->linears[end].spec->role) == set;
+             end++)
+            members[n++] = &m->linears[end];
+        if (spec->layer == l->part)
+            rc = load_set(l, members, n, places[set]);
     }
     return rc;
 }
@@ -287,59 +309,112 @@ static int make_inv_freq(struct weights *w)
     return 0;
 }
 
-static void describe_blocks(struct weights *w)
+static void describe_block(struct weights *w, int64_t i)
 {
     const struct gemma_config *c = &w->config;
-    for (int64_t i = 0; i < c->n_layers; i++) {
-        const bool sliding = c->is_sliding[i];
-        w->blocks[i] = (struct block){.n_heads = (int)c->n_heads,
-                                      .n_kv_heads = (int)c->n_kv_heads,
-                                      .head_dim = (int)c->head_dim,
-                                      .window = sliding ? c->sliding_window : 0,
-                                      .score_scale = (float)(1 / sqrt(c->query_pre_attn_scalar)),
-                                      .rope = sliding};
+    const bool sliding = c->is_sliding[i];
+    w->blocks[i] = (struct block){.n_heads = (int)c->n_heads,
+                                  .n_kv_heads = (int)c->n_kv_heads,
+                                  .head_dim = (int)c->head_dim,
+                                  .window = sliding ? c->sliding_window : 0,
+                                  .score_scale = (float)(1 / sqrt(c->query_pre_attn_scalar)),
+                                  .rope = sliding};
+}
+
+int weights_open(struct weights *w, const struct model *m, const struct backend *b)
+{
+    *w = (struct weights){.backend = b, .config = m->gemma};
+    w->blocks = mem_alloc((size_t)m->gemma.n_layers, sizeof *w->blocks, "the blocks");
+    w->loader = mem_alloc(1, sizeof *w->loader, "the loader");
+    int rc = w->blocks && w->loader ? make_inv_freq(w) : ERR_MEMORY;
+    if (rc < 0) {
+        weights_free(w);
+        return rc;
     }
+    *w->loader = (struct loader){.w = w, .m = m};
+    for (int64_t i = 0; i < m->gemma.n_layers; i++)
+        describe_block(w, i);
+    return 0;
+}
+
+/* Takes memory for a part and notes its transfers. */
+static int plan_part(struct weights *w, int part)
+{
+    struct loader *l = w->loader;
+    l->w = w; /* which may have moved since it was opened */
+    l->part = part;
+    int rc = load_linears(l);
+    for (size_t i = 0; !rc && i < l->m->tensors.n; i++)
+        if (!gemma_is_linear(l->m->tensors.list[i].role) && l->m->tensors.list[i].layer == part)
+            rc = load_plain(l, &l->m->tensors.list[i]);
+    return rc;
+}
+
+int weights_load_part(struct weights *w, int part)
+{
+    const int rc = plan_part(w, part);
+    return rc ? rc : run_transfers(w->loader);
+}
+
+void weights_unload_part(struct weights *w, int part)
+{
+    size_t n = 0;
+    for (size_t i = 0; i < w->n_bufs; i++) {
+        if (w->bufs[i].part != part) {
+            w->bufs[n++] = w->bufs[i];
+            continue;
+        }
+        w->bytes -= w->bufs[i].buf.bytes;
+        w->backend->core->release(w->backend, &w->bufs[i].buf);
+    }
+    w->n_bufs = n;
+    if (part >= 0)
+        describe_block(w, part);
 }
 
 int weights_load(struct weights *w, const struct model *m, const struct backend *b)
 {
-    *w = (struct weights){.backend = b, .config = m->gemma};
-    struct loader l = {.w = w, .m = m};
-    w->blocks = mem_alloc((size_t)m->gemma.n_layers, sizeof *w->blocks, "the blocks");
-    int rc = w->blocks ? make_inv_freq(w) : ERR_MEMORY;
+    int rc = weights_open(w, m, b);
+    for (int part = WEIGHTS_OUTER; !rc && part < (int)m->gemma.n_layers; part++)
+        rc = plan_part(w, part);
     if (!rc)
-        describe_blocks(w);
-    if (!rc)
-        rc = load_linears(&l);
-    for (size_t i = 0; !rc && i < m->tensors.n; i++)
-        if (!gemma_is_linear(m->tensors.list[i].role))
-            rc = load_plain(&l, &m->tensors.list[i]);
-    if (!rc)
-        rc = run_transfers(&l);
-    free(l.list);
+        rc = run_transfers(w->loader);
+    close_loader(w->loader);
+    w->loader = NULL;
     if (rc < 0)
         weights_free(w);
     return rc;
 }
 
-uint64_t weights_bytes(const struct model *m)
+uint64_t weights_part_bytes(const struct model *m, int part)
 {
     uint64_t bytes = 0;
     for (size_t i = 0; i < m->n_linears; i++) {
         const struct model_linear *l = &m->linears[i];
-        bytes += l->quantized ? l->packed->bytes + l->scales->bytes + (l->zeros ? l->scales->bytes / 2 : 0)
-                              : l->weight->bytes;
+        if (l->spec->layer == part)
+            bytes += l->quantized
+                         ? l->packed->bytes + l->scales->bytes + (l->zeros ? l->scales->bytes / 2 : 0)
+                         : l->weight->bytes;
     }
     for (size_t i = 0; i < m->tensors.n; i++)
-        if (!gemma_is_linear(m->tensors.list[i].role))
+        if (!gemma_is_linear(m->tensors.list[i].role) && m->tensors.list[i].layer == part)
             bytes += checkpoint_tensor(&m->checkpoint, m->tensors.list[i].name)->bytes;
+    return bytes;
+}
+
+uint64_t weights_bytes(const struct model *m)
+{
+    uint64_t bytes = 0;
+    for (int part = WEIGHTS_OUTER; part < (int)m->gemma.n_layers; part++)
+        bytes += weights_part_bytes(m, part);
     return bytes;
 }
 
 void weights_free(struct weights *w)
 {
     for (size_t i = 0; i < w->n_bufs; i++)
-        w->backend->core->release(w->backend, &w->bufs[i]);
+        w->backend->core->release(w->backend, &w->bufs[i].buf);
+    close_loader(w->loader);
     free(w->bufs);
     free(w->blocks);
     free(w->inv_freq[0]);

@@ -38,11 +38,12 @@ struct weights {
     struct gemma_config config; /* is_sliding is the model's own */
     struct mat embedding;       /* [vocab, hidden]; the output head too */
     struct mat final_norm;
-    struct block *blocks; /* [n_layers] */
-    float *inv_freq[2];   /* [head_dim / 2] of global and of sliding layers, on the host */
-    struct buf *bufs;     /* what was acquired */
+    struct block *blocks;    /* [n_layers] */
+    float *inv_freq[2];      /* [head_dim / 2] of global and of sliding layers, on the host */
+    struct weight_buf *bufs; /* what was acquired */
     size_t n_bufs, capacity;
     uint64_t bytes; /* of all of them */
+    struct loader *loader;
 };
 
 /* Loads a bound model (model_bind without problems) with as many threads as the machine has processors. The model must
@@ -50,8 +51,16 @@ struct weights {
 int weights_load(struct weights *out, const struct model *m, const struct backend *b);
 void weights_free(struct weights *w);
 
-/* Bytes that weights_load takes from the device. */
+/* The same in parts, for models that are worked on a block at a time: nothing is on the device after weights_open, and
+ * only what has been loaded may be used. */
+enum { WEIGHTS_OUTER = -1 }; /* embedding and last norm; blocks count from 0 */
+int weights_open(struct weights *out, const struct model *m, const struct backend *b);
+int weights_load_part(struct weights *w, int part);
+void weights_unload_part(struct weights *w, int part);
+
+/* Bytes that weights_load takes from the device, and weights_load_part. */
 uint64_t weights_bytes(const struct model *m);
+uint64_t weights_part_bytes(const struct model *m, int part);
 
 /* out [n, Σ rows] = x [n, cols]·Wᵀ, part by part from left to right */
 int linear_set_forward(const struct backend *b, const struct linear_set *s, const struct mat *x,

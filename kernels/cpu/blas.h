@@ -1,4 +1,4 @@
-/* The one product that OpenBLAS computes for us. The library is loaded when the first product needs it, because its
+/* What OpenBLAS computes for us: products and Cholesky factors. The library is loaded when the first product needs it, because its
  * own threads, which we never use, spin when it is loaded: that made quantizing a small model a quarter slower. */
 #ifndef GEMCUT_KERNELS_CPU_BLAS_H
 #define GEMCUT_KERNELS_CPU_BLAS_H
@@ -12,5 +12,20 @@ int blas_load(void);
  * thread; several threads may call it at once. */
 void blas_sgemm(bool transpose_b, int m, int n, int k, const float *a, int lda, const float *b, int ldb,
                 float *c, int ldc);
+
+/* The same with every choice: c = alpha·op(a)·op(b) + beta·c. */
+struct blas_product {
+    bool transpose_a, transpose_b;
+    int m, n, k;
+    float alpha, beta;
+    const float *a, *b;
+    int lda, ldb;
+    float *c;
+    int ldc;
+};
+void blas_product(const struct blas_product *p);
+
+/* The lower triangle of a [n, n] row-major becomes L with a = L·Lᵀ. False where a is not positive definite. */
+bool blas_cholesky(int n, double *a, int lda);
 
 #endif

@@ -140,3 +140,36 @@ int cpu_group_squared_error(const struct backend *b, const struct mat *x, const 
         }
     return rc;
 }
+
+CPU_CLONES static void row_dot(const struct mat *x, const struct mat *y, int64_t row, double *sum)
+{
+    float u[CHUNK], v[CHUNK];
+    for (int64_t c = 0; c < x->cols; c += CHUNK) {
+        const int64_t part = x->cols - c < CHUNK ? x->cols - c : CHUNK;
+        load_row(x, row, c, part, u);
+        load_row(y, row, c, part, v);
+        vfloat products = {0};
+        for (int64_t i = 0; i < part; i += LANES)
+            products += vload(u + i) * vload(v + i);
+        *sum += (double)vsum(products);
+    }
+}
+
+int cpu_dot(const struct backend *b, const struct mat *x, const struct mat *y, double *sum)
+{
+    (void)b;
+    const int rc = check_pair(x, y);
+    *sum = 0;
+    for (int64_t r = 0; !rc && r < x->rows; r++)
+        row_dot(x, y, r, sum);
+    return rc;
+}
+
+int cpu_zero(const struct backend *b, const struct mat *m)
+{
+    (void)b;
+    const size_t each = dtype_bytes(m->dtype);
+    for (int64_t r = 0; r < m->rows; r++)
+        memset((char *)m->data + (size_t)(r * m->stride) * each, 0, (size_t)m->cols * each);
+    return 0;
+}

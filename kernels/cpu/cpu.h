@@ -40,6 +40,8 @@ int cpu_zero_nonfinite(const struct backend *b, const struct mat *w, int64_t *co
 int cpu_squared_error(const struct backend *b, const struct mat *x, const struct mat *y, double sums[2]);
 int cpu_group_squared_error(const struct backend *b, const struct mat *x, const struct mat *y, int64_t group,
                             double *sums);
+int cpu_dot(const struct backend *b, const struct mat *x, const struct mat *y, double *sum);
+int cpu_zero(const struct backend *b, const struct mat *m);
 int cpu_embed(const struct backend *b, const struct mat *table, const int32_t *ids, float scale,
               const struct mat *out);
 int cpu_rms_norm(const struct backend *b, const struct mat *x, const struct mat *w,
@@ -55,10 +57,33 @@ int cpu_geglu(const struct backend *b, const struct mat *gate, const struct mat 
 int cpu_softcap(const struct backend *b, const struct mat *x, float cap);
 int cpu_gemm(const struct backend *b, const struct mat *x, const struct mat *w, const struct mat *out);
 int cpu_q_gemm(const struct backend *b, const struct mat *x, const struct qmat *w, const struct mat *out);
+int cpu_matmul(const struct backend *b, float alpha, const struct mat *x, const struct mat *m, bool add,
+               const struct mat *out);
 int cpu_attention(const struct backend *b, const struct attention_spec *spec, const struct mat *q,
                   const struct mat *keys, const struct mat *values, const struct mat *out);
 int cpu_compare_rows(const struct backend *b, const struct mat *logits_a, const struct mat *logits_b,
                      const int32_t *targets, struct row_comparison *out);
+
+int cpu_hessian_add(const struct backend *b, const struct mat *x, const struct mat *h);
+int cpu_hessian_finish(const struct backend *b, const struct mat *h);
+int cpu_diagonal(const struct backend *b, const struct mat *h, float *to);
+int cpu_factorize(const struct backend *b, const struct mat *h, const struct mat *order, float added,
+                  const struct mat *work, const struct mat *factor, int *definite);
+int cpu_search_scales(const struct backend *b, const struct mat *w, const struct mat *h,
+                      const struct search_spec *spec, const struct qmat *q);
+int cpu_round_codes(const struct backend *b, const struct rounding *r);
+int cpu_sweep_block(const struct backend *b, const struct rounding *r, const struct mat *order,
+                    const struct mat *factor, const struct mat *feedback, int64_t first,
+                    const struct mat *errors);
+int cpu_descend_block(const struct backend *b, const struct rounding *r, const struct mat *h,
+                      const struct mat *gradient, const struct mat *feedback, int64_t first,
+                      const struct mat *changes);
+int cpu_group_dots(const struct backend *b, const struct mat *x, const struct mat *codes, int64_t group,
+                   const struct mat *out);
+int cpu_solve_scales(const struct backend *b, const struct mat *a, const struct mat *rhs, bool positive_only,
+                     const struct qmat *q, int64_t *n_kept);
+int cpu_residual(const struct backend *b, const struct rounding *r, const struct mat *out);
+int cpu_pack_codes(const struct backend *b, const struct mat *codes, const struct qmat *q);
 
 /* Dequantizes rows [row, row + n) of q as floats (BF16 values) into out [n, cols]. */
 void cpu_dequantize_rows(const struct qmat *q, int64_t row, int64_t n, float *out);

@@ -1,6 +1,6 @@
 /* Weights to 4 or 8 bits and back, a group at a time: the group's weights stand as floats in the first-level
  * cache while its scale is found and its codes are rounded. */
-#include "kernels/cpu/cpu.h"
+#include "kernels/cpu/rounding.h"
 
 #include "base/err.h"
 
@@ -25,9 +25,7 @@ CPU_INLINE int64_t min64(int64_t a, int64_t b)
     return a < b ? a : b;
 }
 
-/* A scale as it is stored: BF16, never zero and never subnormal (GPUs flush those). An all-zero group gets
- * BF16's machine epsilon, as compressed-tensors does. */
-static float storable_scale(float s)
+float cpu_storable_scale(float s)
 {
     if (s == 0)
         return 0.0078125f;
@@ -77,35 +75,41 @@ CPU_CLONES static float group_error(const struct mat *w, int64_t row, int64_t co
     return vsum(sum);
 }
 
-struct choice {
-    float scale, zero;
-};
+/* The whole range of the group, clipped, over the whole range of codes. */
+static struct step asymmetric_step(struct extremes e, struct code_range r, float shrink)
+{
+    const float width = e.high - e.low, steps = r.high - r.low;
+    const float step =
+        width <= FLT_MAX ? width * shrink / steps : e.high * shrink / steps - e.low * shrink / steps;
+    const float scale = cpu_storable_scale(step);
+    const float zero = rintf(r.low - e.low * shrink / scale);
+    return (struct step){scale, fminf(fmaxf(zero, r.low), r.high)};
+}
+
+struct step cpu_asymmetric_step(float low, float high, float shrink, int bits)
+{
+    return asymmetric_step((struct extremes){low, high}, code_range(bits), shrink);
+}
 
 /* The scale that `range` and `absmax` ask for; `shrink` ≤ 1 clips the extremes. */
-static struct choice plain_choice(struct extremes e, const struct scale_spec *spec, struct code_range r,
-                                  bool symmetric, float shrink)
+static struct step plain_choice(struct extremes e, const struct scale_spec *spec, struct code_range r,
+                                bool symmetric, float shrink)
 {
-    if (!symmetric) { /* both rules: the whole range of the group over the whole range of codes */
-        const float width = e.high - e.low, steps = r.high - r.low;
-        const float step =
-            width <= FLT_MAX ? width * shrink / steps : e.high * shrink / steps - e.low * shrink / steps;
-        const float scale = storable_scale(step);
-        const float zero = rintf(r.low - e.low * shrink / scale);
-        return (struct choice){scale, fminf(fmaxf(zero, r.low), r.high)};
-    }
+    if (!symmetric) /* both rules */
+        return asymmetric_step(e, r, shrink);
     const float half_step = r.high + 0.5f;
     if (spec->rule == SCALE_ABSMAX)
-        return (struct choice){storable_scale(fmaxf(-e.low, e.high) * shrink / half_step), 0};
+        return (struct step){cpu_storable_scale(fmaxf(-e.low, e.high) * shrink / half_step), 0};
     if (spec->positive_only)
-        return (struct choice){storable_scale(fmaxf(e.low / r.low, e.high / half_step) * shrink), 0};
-    return (struct choice){storable_scale((e.high > -e.low ? e.high : e.low) * shrink / r.low), 0};
+        return (struct step){cpu_storable_scale(fmaxf(e.low / r.low, e.high / half_step) * shrink), 0};
+    return (struct step){cpu_storable_scale((e.high > -e.low ? e.high : e.low) * shrink / r.low), 0};
 }
 
 /* Candidates of the least-squares search: the extreme at the lowest code and at the highest, each clipped in
  * steps of 3 % down to 67 %; then the two neighbours half a step away from the best. Finer ladders and a wider
  * range changed the error by less than 0.1 %. */
-static struct choice mse_choice(const struct mat *w, int64_t row, int64_t col, int64_t n,
-                                const struct qmat *q, const struct scale_spec *spec)
+static struct step mse_choice(const struct mat *w, int64_t row, int64_t col, int64_t n, const struct qmat *q,
+                              const struct scale_spec *spec)
 {
     const struct code_range r = code_range(q->bits);
     const bool symmetric = !q->zeros.data;
@@ -113,7 +117,7 @@ static struct choice mse_choice(const struct mat *w, int64_t row, int64_t col, i
     const struct scale_spec range = {SCALE_RANGE, spec->positive_only};
     const float extreme = e.high > -e.low ? e.high : e.low, step = 0.03f;
     const int n_steps = 12, n_ends = symmetric && !spec->positive_only ? 2 : 1;
-    struct choice best = plain_choice(e, &range, r, symmetric, 1);
+    struct step best = plain_choice(e, &range, r, symmetric, 1);
     float best_error = group_error(w, row, col, n, best.scale, best.zero, r), best_shrink = 1;
     int best_end = 0;
     for (int pass = 0; pass < 2; pass++) {
@@ -122,8 +126,8 @@ static struct choice mse_choice(const struct mat *w, int64_t row, int64_t col, i
         for (int end = end_from; end < end_to; end++)
             for (int i = 0; i < (pass ? 2 : n_steps); i++) {
                 const float shrink = pass ? centre + (i ? 0.5f : -0.5f) * step : 1 - (float)i * step;
-                const struct choice c = end ? (struct choice){storable_scale(extreme * shrink / r.high), 0}
-                                            : plain_choice(e, &range, r, symmetric, shrink);
+                const struct step c = end ? (struct step){cpu_storable_scale(extreme * shrink / r.high), 0}
+                                          : plain_choice(e, &range, r, symmetric, shrink);
                 const float error = group_error(w, row, col, n, c.scale, c.zero, r);
                 if (error < best_error) {
                     best = c;
@@ -161,9 +165,9 @@ static int find_scales(const struct backend *b, const struct mat *w, const struc
     for (int64_t r = 0; r < w->rows; r++)
         for (int64_t g = 0; g < q->scales.cols; g++) {
             const int64_t col = g * q->group, n = min64(q->group, w->cols - col);
-            const struct choice c = spec->rule == SCALE_MSE ? mse_choice(w, r, col, n, q, spec)
-                                                            : plain_choice(group_extremes(w, r, col, n), spec,
-                                                                           range, !q->zeros.data, 1);
+            const struct step c = spec->rule == SCALE_MSE ? mse_choice(w, r, col, n, q, spec)
+                                                          : plain_choice(group_extremes(w, r, col, n), spec,
+                                                                         range, !q->zeros.data, 1);
             ((uint16_t *)q->scales.data)[r * q->scales.stride + g] = half_to_bf16(c.scale);
             if (q->zeros.data)
                 ((int8_t *)q->zeros.data)[r * q->zeros.stride + g] = (int8_t)c.zero;
@@ -172,17 +176,6 @@ static int find_scales(const struct backend *b, const struct mat *w, const struc
 }
 
 /* --- codes ---------------------------------------------------------------------------------------------------- */
-
-struct group_scale {
-    float scale, zero;
-};
-
-CPU_INLINE struct group_scale group_scale(const struct qmat *q, int64_t row, int64_t g)
-{
-    return (struct group_scale){
-        half_from_bf16(((const uint16_t *)q->scales.data)[row * q->scales.stride + g]),
-        q->zeros.data ? (float)((const int8_t *)q->zeros.data)[row * q->zeros.stride + g] : 0};
-}
 
 /* Eight codes in the low nibbles of eight bytes → 32 bits, lowest byte to lowest nibble. */
 CPU_INLINE uint32_t pack_nibbles(uint64_t x)
@@ -209,7 +202,7 @@ CPU_INLINE void round_codes(const struct mat *w, const struct qmat *q, int64_t r
     load_row(w, row, col, n, x);
     for (int64_t at = 0; at < n;) {
         const int64_t g = (col + at) / q->group, end = min64((g + 1) * q->group - col, n);
-        const struct group_scale s = group_scale(q, row, g);
+        const struct step s = step_of(q, row, g);
         const vint offset = (vint){0} + (ROUND_MAGIC_BITS + (int32_t)range.low);
         /* a group that ends inside a vector is overwritten by its successor from there on */
         for (int64_t i = at; i < end; i += LANES) {
@@ -268,7 +261,7 @@ CPU_INLINE void dequantize_part(const struct qmat *q, int64_t row, int64_t col, 
     const float half = (float)(1 << (q->bits - 1));
     for (int64_t at = 0; at < n;) {
         const int64_t g = (col + at) / q->group, end = min64((g + 1) * q->group - col, n);
-        const struct group_scale s = group_scale(q, row, g);
+        const struct step s = step_of(q, row, g);
         for (int64_t i = at; i < end; i += LANES) {
             vbyte b;
             memcpy(&b, codes + i, sizeof b);
@@ -334,4 +327,16 @@ const struct quant_ops cpu_quant_ops = {
     .find_scales = find_scales,
     .quantize = quantize,
     .dequantize = dequantize,
+    .hessian_add = cpu_hessian_add,
+    .hessian_finish = cpu_hessian_finish,
+    .diagonal = cpu_diagonal,
+    .factorize = cpu_factorize,
+    .search_scales = cpu_search_scales,
+    .round_codes = cpu_round_codes,
+    .sweep_block = cpu_sweep_block,
+    .descend_block = cpu_descend_block,
+    .group_dots = cpu_group_dots,
+    .solve_scales = cpu_solve_scales,
+    .residual = cpu_residual,
+    .pack_codes = cpu_pack_codes,
 };

@@ -73,6 +73,30 @@ int cuda_find_scales(const struct backend *b, const struct mat *w, const struct 
                      struct qmat *q);
 int cuda_quantize(const struct backend *b, const struct mat *w, struct qmat *q);
 int cuda_dequantize(const struct backend *b, const struct qmat *q, const struct mat *out);
+int cuda_dot(const struct backend *b, const struct mat *x, const struct mat *y, double *sum);
+int cuda_zero(const struct backend *b, const struct mat *m);
+int cuda_matmul(const struct backend *b, float alpha, const struct mat *x, const struct mat *m, bool add,
+                const struct mat *out);
+int cuda_hessian_add(const struct backend *b, const struct mat *x, const struct mat *h);
+int cuda_hessian_finish(const struct backend *b, const struct mat *h);
+int cuda_diagonal(const struct backend *b, const struct mat *h, float *to);
+int cuda_factorize(const struct backend *b, const struct mat *h, const struct mat *order, float added,
+                   const struct mat *work, const struct mat *factor, int *definite);
+int cuda_search_scales(const struct backend *b, const struct mat *w, const struct mat *h,
+                       const struct search_spec *spec, const struct qmat *q);
+int cuda_round_codes(const struct backend *b, const struct rounding *r);
+int cuda_sweep_block(const struct backend *b, const struct rounding *r, const struct mat *order,
+                     const struct mat *factor, const struct mat *feedback, int64_t first,
+                     const struct mat *errors);
+int cuda_descend_block(const struct backend *b, const struct rounding *r, const struct mat *h,
+                       const struct mat *gradient, const struct mat *feedback, int64_t first,
+                       const struct mat *changes);
+int cuda_group_dots(const struct backend *b, const struct mat *x, const struct mat *codes, int64_t group,
+                    const struct mat *out);
+int cuda_solve_scales(const struct backend *b, const struct mat *a, const struct mat *rhs, bool positive_only,
+                      const struct qmat *q, int64_t *n_kept);
+int cuda_residual(const struct backend *b, const struct rounding *r, const struct mat *out);
+int cuda_pack_codes(const struct backend *b, const struct mat *codes, const struct qmat *q);
 }
 
 /* After a launch. */

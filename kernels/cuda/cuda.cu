@@ -103,31 +103,50 @@ static void release(const struct backend *b, struct buf *buf)
     *buf = (struct buf){NULL, 0};
 }
 
+static int acquire_host(const struct backend *b, size_t bytes, const char *what, struct buf *out)
+{
+    cuda_state(b);
+    void *p = NULL;
+    const cudaError_t e = cudaHostAlloc(&p, bytes ? bytes : 1, cudaHostAllocPortable);
+    *out = (struct buf){p, bytes};
+    if (e == cudaSuccess)
+        return 0;
+    cudaGetLastError();
+    *out = (struct buf){NULL, 0};
+    return err_set(ERR_MEMORY, "out of memory: %.1f MiB of pinned host memory asked for %s: %s",
+                   (double)bytes / 0x1p20, what, cudaGetErrorString(e));
+}
+
+static void release_host(const struct backend *b, struct buf *buf)
+{
+    cuda_state(b);
+    if (buf->ptr)
+        cudaFreeHost(buf->ptr);
+    *buf = (struct buf){NULL, 0};
+}
+
 static int acquire_staging(const struct backend *b, size_t bytes, const char *what, struct staged_buf *out)
 {
     struct buf device;
     *out = (struct staged_buf){NULL, NULL, 0};
-    const int rc = acquire(b, bytes, what, &device);
+    int rc = acquire(b, bytes, what, &device);
     if (rc < 0)
         return rc;
-    void *host = NULL;
-    const cudaError_t e = cudaHostAlloc(&host, bytes ? bytes : 1, cudaHostAllocPortable);
-    if (e != cudaSuccess) {
+    struct buf host;
+    rc = acquire_host(b, bytes, what, &host);
+    if (rc < 0) {
         release(b, &device);
-        cudaGetLastError();
-        return err_set(ERR_MEMORY, "out of memory: %.1f MiB of pinned host memory asked for %s: %s",
-                       (double)bytes / 0x1p20, what, cudaGetErrorString(e));
+        return rc;
     }
-    *out = (struct staged_buf){host, device.ptr, bytes};
+    *out = (struct staged_buf){host.ptr, device.ptr, bytes};
     return 0;
 }
 
 static void release_staging(const struct backend *b, struct staged_buf *s)
 {
-    struct buf device = {s->device, s->bytes};
+    struct buf device = {s->device, s->bytes}, host = {s->host, s->bytes};
     release(b, &device);
-    if (s->host)
-        cudaFreeHost(s->host);
+    release_host(b, &host);
     *s = (struct staged_buf){NULL, NULL, 0};
 }
 
@@ -188,6 +207,8 @@ static struct core_ops make_core_ops(void)
     o.release = release;
     o.acquire_staging = acquire_staging;
     o.release_staging = release_staging;
+    o.acquire_host = acquire_host;
+    o.release_host = release_host;
     o.memory = memory;
     o.upload = upload;
     o.download = download;
@@ -203,6 +224,9 @@ static struct core_ops make_core_ops(void)
     o.add_norm = cuda_add_norm;
     o.gemm = cuda_gemm;
     o.q_gemm = cuda_q_gemm;
+    o.matmul = cuda_matmul;
+    o.dot = cuda_dot;
+    o.zero = cuda_zero;
     o.rope_table = cuda_rope_table;
     o.split_qkv = cuda_split_qkv;
     o.attention = cuda_attention;
@@ -213,7 +237,29 @@ static struct core_ops make_core_ops(void)
 }
 
 static const struct core_ops cuda_core_ops = make_core_ops();
-static const struct quant_ops cuda_quant_ops = {cuda_find_scales, cuda_quantize, cuda_dequantize};
+
+static struct quant_ops make_quant_ops(void)
+{
+    struct quant_ops o = {};
+    o.find_scales = cuda_find_scales;
+    o.quantize = cuda_quantize;
+    o.dequantize = cuda_dequantize;
+    o.hessian_add = cuda_hessian_add;
+    o.hessian_finish = cuda_hessian_finish;
+    o.diagonal = cuda_diagonal;
+    o.factorize = cuda_factorize;
+    o.search_scales = cuda_search_scales;
+    o.round_codes = cuda_round_codes;
+    o.sweep_block = cuda_sweep_block;
+    o.descend_block = cuda_descend_block;
+    o.group_dots = cuda_group_dots;
+    o.solve_scales = cuda_solve_scales;
+    o.residual = cuda_residual;
+    o.pack_codes = cuda_pack_codes;
+    return o;
+}
+
+static const struct quant_ops cuda_quant_ops = make_quant_ops();
 
 extern "C" int cuda_open(struct backend *b, int ordinal)
 {

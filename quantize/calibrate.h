@@ -1,0 +1,59 @@
+/* Methods that look at activations: block by block and within a block set by set (q/k/v, o, gate/up, down), the
+ * calibration's tokens run to the inputs of the set, its weights are quantized under their Hessian, and take the place
+ * of the originals before the tokens go on. */
+#ifndef GEMCUT_QUANTIZE_CALIBRATE_H
+#define GEMCUT_QUANTIZE_CALIBRATE_H
+
+#include "calib/dataset.h"
+#include "quantize/capture.h"
+#include "quantize/gptq.h"
+#include "quantize/recipe.h"
+
+struct calibrate_options {
+    struct gptq_options gptq;
+    int32_t skip_id;      /* a token whose activations are left out of the Hessians, or −1 */
+    bool allow_nonfinite; /* such weights are taken as 0; otherwise they are refused */
+};
+
+/* A quantized linear on its way out. The memory is only lent. */
+struct calibrated_linear {
+    const struct linear_plan *plan;
+    struct qmat q; /* on the host; zeros.data NULL when symmetric */
+    struct gptq_stats stats;
+};
+
+struct calibrate_events {
+    /* A linear's result. */
+    int (*on_linear)(void *ctx, const struct calibrated_linear *linear);
+    /* A block is done: everything of it has gone through on_linear. */
+    int (*on_block)(void *ctx, int layer);
+    /* Of the first blocks the result may be known: fills q (host memory of the right shape) and returns 1, else 0. NULL:
+     * it never is. */
+    int (*known)(void *ctx, const struct linear_plan *plan, const struct qmat *q);
+    void *ctx;
+};
+
+/* Where the time went, in seconds; counted only when asked for, because that waits for the device at every change. */
+enum calibrate_work {
+    WORK_LOAD,    /* weights from disk */
+    WORK_FORWARD, /* the pass, Hessians included */
+    WORK_SOLVE,   /* everything of GPTQ */
+    WORK_DELIVER, /* results to the host and to on_linear */
+    N_WORK
+};
+
+struct calibrate_plan {
+    struct capture_plan capture;
+    uint64_t device_bytes, host_bytes; /* the most that a run holds */
+};
+
+/* What a run will hold, and how. ERR_MEMORY where the device has not enough in any way. */
+int calibrate_plan(struct calibrate_plan *out, const struct model *m, const struct recipe_plan *plan,
+                   const struct backend *b, int64_t samples, int64_t length);
+
+/* seconds: [N_WORK], or NULL */
+int calibrate_run(const struct model *m, const struct recipe_plan *plan, const struct backend *b,
+                  const struct dataset *data, const struct calibrate_options *options,
+                  const struct calibrate_events *events, double *seconds);
+
+#endif

@@ -1,0 +1,356 @@
+#include "quantize/capture.h"
+
+#include "base/err.h"
+#include "base/mem.h"
+#include "kernels/arena.h"
+#include "runtime/block.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+/* The state of all tokens. On the host: device is one batch of it, and moves. */
+struct states {
+    struct mat all;   /* on the device, or on the host */
+    struct buf host;  /* pinned */
+    struct mat batch; /* on the device, where all is not */
+};
+
+struct capture {
+    struct weights *w;
+    const struct dataset *data;
+    struct capture_plan plan;
+    int32_t skip_id;
+    struct buf memory;
+    struct states x, attention, inner;                        /* [all tokens, …] */
+    struct mat normed, branch, qkv, q, gate_up, keys, values; /* [tokens of a batch, …] */
+    struct mat rope[2];                                       /* [length, head_dim] */
+};
+
+/* One batch of whole sequences. */
+struct batch {
+    int64_t first_row, rows, sequences;
+};
+
+/* --- memory ----------------------------------------------------------------------------------------------------- */
+
+static void lay_out_states(struct states *s, void *base, uint64_t *at, bool on_host, const struct mat *shape,
+                           int64_t batch_rows)
+{
+    const int64_t rows = on_host ? batch_rows : shape->rows;
+    const struct mat m = arena_take(base, at, shape->dtype, rows, shape->cols);
+    if (on_host) {
+        s->all = (struct mat){s->host.ptr, shape->dtype, shape->rows, shape->cols, shape->cols};
+        s->batch = m;
+    } else {
+        s->all = m;
+    }
+}
+
+static uint64_t state_bytes(const struct mat *m)
+{
+    return (uint64_t)(m->rows * m->cols) * dtype_bytes(m->dtype);
+}
+
+/* Shapes of x, o's inputs and down's inputs for so many tokens. */
+static void state_shapes(struct mat out[3], const struct gemma_config *c, enum dtype act, int64_t tokens)
+{
+    const int64_t heads = c->n_heads * c->head_dim;
+    out[0] = (struct mat){NULL, DTYPE_F32, tokens, c->hidden_size, c->hidden_size};
+    out[1] = (struct mat){NULL, act, tokens, heads, heads};
+    out[2] = (struct mat){NULL, act, tokens, c->intermediate_size, c->intermediate_size};
+}
+
+static uint64_t lay_out(struct capture *c, const struct gemma_config *g, enum dtype act, int64_t samples,
+                        int64_t length)
+{
+    const int64_t heads = g->n_heads * g->head_dim, kv = g->n_kv_heads * g->head_dim,
+                  rows = c->plan.batch * length;
+    const bool on_host = c->plan.states_on_host;
+    void *base = c->memory.ptr;
+    uint64_t at = 0;
+    struct mat shapes[3];
+    state_shapes(shapes, g, act, samples * length);
+    lay_out_states(&c->x, base, &at, on_host, &shapes[0], rows);
+    lay_out_states(&c->attention, base, &at, on_host, &shapes[1], rows);
+    if (c->plan.keep_inner)
+        lay_out_states(&c->inner, base, &at, false, &shapes[2], rows);
+    c->normed = arena_take(base, &at, act, rows, g->hidden_size);
+    c->branch = arena_take(base, &at, act, rows, g->hidden_size);
+    c->qkv = arena_take(base, &at, act, rows, heads + 2 * kv);
+    c->q = arena_take(base, &at, act, rows, heads);
+    c->keys = arena_take(base, &at, act, rows, kv);
+    c->values = arena_take(base, &at, act, rows, kv);
+    c->gate_up = arena_take(base, &at, act, rows, 2 * g->intermediate_size);
+    c->rope[0] = arena_take(base, &at, DTYPE_F32, length, g->head_dim);
+    c->rope[1] = arena_take(base, &at, DTYPE_F32, length, g->head_dim);
+    return at;
+}
+
+void capture_plan(struct capture_plan *out, const struct gemma_config *c, const struct backend *b,
+                  int64_t samples, int64_t length, uint64_t available)
+{
+    struct capture trial = {0};
+    struct mat shapes[3];
+    state_shapes(shapes, c, b->activation, samples * length);
+    int64_t batch = b->batch_tokens / length;
+    batch = batch < 1 ? 1 : batch > samples ? samples : batch;
+    /* from what is fastest to what is smallest */
+    for (int kind = 0; kind < 3; kind++) {
+        trial.plan =
+            (struct capture_plan){.batch = batch, .keep_inner = kind == 0, .states_on_host = kind == 2};
+        trial.plan.device_bytes = lay_out(&trial, c, b->activation, samples, length);
+        if (trial.plan.states_on_host)
+            trial.plan.host_bytes = state_bytes(&shapes[0]) + state_bytes(&shapes[1]);
+        if (trial.plan.device_bytes <= available || (kind == 1 && b->host_memory))
+            break;
+    }
+    *out = trial.plan;
+}
+
+static int take_memory(struct capture *c)
+{
+    const struct backend *b = c->w->backend;
+    const struct gemma_config *g = &c->w->config;
+    struct mat shapes[3];
+    state_shapes(shapes, g, b->activation, c->data->samples * c->data->length);
+    int rc = 0;
+    if (c->plan.states_on_host) {
+        rc = b->core->acquire_host(b, state_bytes(&shapes[0]), "the residual stream of all samples",
+                                   &c->x.host);
+        if (!rc)
+            rc = b->core->acquire_host(b, state_bytes(&shapes[1]), "attention of all samples",
+                                       &c->attention.host);
+    }
+    if (!rc)
+        rc = b->core->acquire(b, c->plan.device_bytes, "activations of the calibration", &c->memory);
+    if (!rc)
+        lay_out(c, g, b->activation, c->data->samples, c->data->length);
+    return rc;
+}
+
+/* --- batches ---------------------------------------------------------------------------------------------------- */
+
+static bool next_batch(const struct capture *c, struct batch *t)
+{
+    const int64_t length = c->data->length, done = (t->first_row + t->rows) / length,
+                  left = c->data->samples - done;
+    t->first_row += t->rows;
+    t->sequences = left < c->plan.batch ? left : c->plan.batch;
+    t->rows = t->sequences * length;
+    return left > 0;
+}
+
+static bool on_host(const struct states *s)
+{
+    return s->batch.data != NULL;
+}
+
+/* The batch's rows, on the device. */
+static struct mat states_rows(const struct states *s, const struct batch *t)
+{
+    return on_host(s) ? mat_rows(&s->batch, 0, t->rows) : mat_rows(&s->all, t->first_row, t->rows);
+}
+
+static int states_fetch(const struct capture *c, const struct states *s, const struct batch *t)
+{
+    if (!on_host(s))
+        return 0;
+    const struct mat from = mat_rows(&s->all, t->first_row, t->rows);
+    return c->w->backend->core->upload(c->w->backend, s->batch.data, from.data, (size_t)state_bytes(&from));
+}
+
+static int states_keep(const struct capture *c, const struct states *s, const struct batch *t)
+{
+    if (!on_host(s))
+        return 0;
+    const struct mat to = mat_rows(&s->all, t->first_row, t->rows);
+    return c->w->backend->core->download(c->w->backend, to.data, s->batch.data, (size_t)state_bytes(&to));
+}
+
+/* --- the steps of a block, for one batch ------------------------------------------------------------------------ */
+
+/* What one step works on, and the inputs that it ends with. */
+struct step {
+    struct capture *c;
+    int layer;
+    const struct batch *batch;
+    struct mat x, attention, normed, branch, inner;
+    const struct mat *inputs;
+};
+
+static int norm(struct step *s, const struct mat *weight)
+{
+    const struct weights *w = s->c->w;
+    const struct norm_spec spec = block_norm(&w->config);
+    s->inputs = &s->normed;
+    return w->backend->core->rms_norm(w->backend, &s->x, weight, &spec, &s->normed);
+}
+
+static int to_qkv(struct step *s)
+{
+    return norm(s, &s->c->w->blocks[s->layer].input_norm);
+}
+
+static int to_o(struct step *s)
+{
+    struct capture *c = s->c;
+    const struct block_pass pass = {.sequences = {s->batch->sequences, 0, c->data->length},
+                                    .rope = &c->rope[c->w->blocks[s->layer].rope],
+                                    .qkv = mat_rows(&c->qkv, 0, s->batch->rows),
+                                    .q = mat_rows(&c->q, 0, s->batch->rows),
+                                    .keys = c->keys,
+                                    .values = c->values};
+    int rc = to_qkv(s);
+    if (!rc)
+        rc = block_attention(c->w, s->layer, &pass, &s->normed, &s->attention);
+    s->inputs = &s->attention;
+    return rc ? rc : states_keep(c, &c->attention, s->batch);
+}
+
+static int to_gate_up(struct step *s)
+{
+    struct capture *c = s->c;
+    const struct backend *b = c->w->backend;
+    const struct block *k = &c->w->blocks[s->layer];
+    const struct norm_spec spec = block_norm(&c->w->config);
+    int rc = states_fetch(c, &c->attention, s->batch);
+    if (!rc)
+        rc = linear_set_forward(b, &k->o, &s->attention, &s->branch);
+    if (!rc)
+        rc = b->core->add_norm(b, &s->branch, &k->post_attention_norm, &s->x, &k->pre_mlp_norm, &spec,
+                               &s->normed);
+    s->inputs = &s->normed;
+    return rc ? rc : states_keep(c, &c->x, s->batch);
+}
+
+static int to_down(struct step *s)
+{
+    struct capture *c = s->c;
+    const struct mat gate_up = mat_rows(&c->gate_up, 0, s->batch->rows);
+    const int rc = norm(s, &c->w->blocks[s->layer].pre_mlp_norm);
+    s->inputs = &s->inner;
+    return rc ? rc : block_mlp(c->w, s->layer, &s->normed, &gate_up, &s->inner);
+}
+
+static int to_end(struct step *s)
+{
+    struct capture *c = s->c;
+    const struct backend *b = c->w->backend;
+    const struct block *k = &c->w->blocks[s->layer];
+    const struct norm_spec spec = block_norm(&c->w->config);
+    int rc = c->plan.keep_inner ? 0 : to_down(s);
+    if (!rc)
+        rc = linear_set_forward(b, &k->down, &s->inner, &s->branch);
+    if (!rc) /* the next block's norm waits for its weight */
+        rc = b->core->add_norm(b, &s->branch, &k->post_mlp_norm, &s->x, NULL, &spec, &s->normed);
+    return rc ? rc : states_keep(c, &c->x, s->batch);
+}
+
+/* Rows in runs without the token that is to be left out. */
+static int add_inputs(const struct step *s, const struct mat *h)
+{
+    const struct capture *c = s->c;
+    const struct backend *b = c->w->backend;
+    const int32_t *ids = c->data->ids + s->batch->first_row;
+    if (c->skip_id < 0)
+        return b->quant->hessian_add(b, s->inputs, h);
+    int rc = 0;
+    for (int64_t i = 0, end; !rc && i < s->batch->rows; i = end + 1) {
+        for (end = i; end < s->batch->rows && ids[end] != c->skip_id; end++)
+            ;
+        const struct mat run = mat_rows(s->inputs, i, end - i);
+        rc = b->quant->hessian_add(b, &run, h);
+    }
+    return rc;
+}
+
+static int run_steps(struct capture *c, int layer, int (*to)(struct step *), const struct mat *h)
+{
+    const int64_t width = c->w->config.intermediate_size;
+    int rc = 0;
+    for (struct batch t = {0}; !rc && next_batch(c, &t);) {
+        const struct mat gate_up = mat_rows(&c->gate_up, 0, t.rows);
+        struct step s = {.c = c,
+                         .layer = layer,
+                         .batch = &t,
+                         .x = states_rows(&c->x, &t),
+                         .attention = states_rows(&c->attention, &t),
+                         .normed = mat_rows(&c->normed, 0, t.rows),
+                         .branch = mat_rows(&c->branch, 0, t.rows),
+                         .inner =
+                             c->plan.keep_inner ? states_rows(&c->inner, &t) : mat_cols(&gate_up, 0, width)};
+        rc = states_fetch(c, &c->x, &t);
+        if (!rc)
+            rc = to(&s);
+        if (!rc && h)
+            rc = add_inputs(&s, h);
+        if (!rc && err_interrupt_requested())
+            rc = err_interrupted();
+    }
+    return rc;
+}
+
+int capture_inputs(struct capture *c, int layer, enum gemma_fused set, const struct mat *h)
+{
+    static int (*const steps[N_FUSED])(struct step *) = {
+        [FUSED_QKV] = to_qkv, [FUSED_O] = to_o, [FUSED_GATE_UP] = to_gate_up, [FUSED_DOWN] = to_down};
+    /* nothing is carried out of a step that only norms, nor of the MLP's where its result is not kept */
+    const bool idle = set == FUSED_QKV || (set == FUSED_DOWN && !c->plan.keep_inner);
+    return !h && idle ? 0 : run_steps(c, layer, steps[set], h);
+}
+
+int capture_end(struct capture *c, int layer)
+{
+    return run_steps(c, layer, to_end, NULL);
+}
+
+/* --- the beginning ---------------------------------------------------------------------------------------------- */
+
+static int embed_all(struct capture *c)
+{
+    struct weights *w = c->w;
+    const struct backend *b = w->backend;
+    int rc = weights_load_part(w, WEIGHTS_OUTER);
+    for (struct batch t = {0}; !rc && next_batch(c, &t);) {
+        const struct mat x = states_rows(&c->x, &t);
+        rc = b->core->embed(b, &w->embedding, c->data->ids + t.first_row, sqrtf((float)w->config.hidden_size),
+                            &x);
+        if (!rc)
+            rc = states_keep(c, &c->x, &t);
+    }
+    if (!rc)
+        rc = b->core->wait(b);
+    weights_unload_part(w, WEIGHTS_OUTER);
+    for (int i = 0; !rc && i < 2; i++)
+        rc = b->core->rope_table(b, w->inv_freq[i], 0, &c->rope[i]);
+    return rc;
+}
+
+int capture_open(struct capture **out, struct weights *w, const struct dataset *data,
+                 const struct capture_plan *plan, int32_t skip_id)
+{
+    *out = NULL;
+    struct capture *c = mem_alloc(1, sizeof *c, "the calibration pass");
+    if (!c)
+        return ERR_MEMORY;
+    *c = (struct capture){.w = w, .data = data, .plan = *plan, .skip_id = skip_id};
+    int rc = take_memory(c);
+    if (!rc)
+        rc = embed_all(c);
+    if (rc < 0)
+        capture_close(c);
+    else
+        *out = c;
+    return rc;
+}
+
+void capture_close(struct capture *c)
+{
+    if (!c)
+        return;
+    const struct backend *b = c->w->backend;
+    b->core->release(b, &c->memory);
+    b->core->release_host(b, &c->x.host);
+    b->core->release_host(b, &c->attention.host);
+    free(c);
+}

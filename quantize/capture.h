@@ -1,0 +1,38 @@
+/* The calibration's forward pass, one block and within it one set of linears at a time: every linear sees what the
+ * quantized ones before it give ("true sequential"), and yet each runs once. Between the steps the state of all tokens
+ * is kept: the residual stream in FP32, and the inputs of the o projection and, where there is room, of the down
+ * projection; on the device, or in pinned host memory where they do not fit. */
+#ifndef GEMCUT_QUANTIZE_CAPTURE_H
+#define GEMCUT_QUANTIZE_CAPTURE_H
+
+#include "calib/dataset.h"
+#include "runtime/weights.h"
+
+struct capture;
+
+/* What a pass will hold, and where. */
+struct capture_plan {
+    int64_t batch;       /* sequences at a time */
+    bool states_on_host; /* residual stream and o's inputs */
+    bool keep_inner;     /* the down projection's inputs are kept, not computed twice */
+    uint64_t device_bytes, host_bytes;
+};
+
+/* available: bytes of the device that the states and activations may take */
+void capture_plan(struct capture_plan *out, const struct gemma_config *c, const struct backend *b,
+                  int64_t samples, int64_t length, uint64_t available);
+
+/* w: opened; the outer part is loaded for the embeddings and given back. skip_id: a token whose rows stay out of the
+ * Hessians, e.g. <bos>, or −1. */
+int capture_open(struct capture **out, struct weights *w, const struct dataset *data,
+                 const struct capture_plan *plan, int32_t skip_id);
+void capture_close(struct capture *c);
+
+/* Brings all tokens to the inputs of a set of linears in `layer`, whose block is loaded, and adds them to the Hessian
+ * (NULL: to none). The sets come in order, each once. */
+int capture_inputs(struct capture *c, int layer, enum gemma_fused set, const struct mat *h);
+
+/* Brings all tokens to the end of the block. */
+int capture_end(struct capture *c, int layer);
+
+#endif

@@ -1,0 +1,399 @@
+#include "quantize/gptq.h"
+
+#include "base/err.h"
+#include "base/mem.h"
+#include "kernels/arena.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+enum {
+    PANEL = 512,              /* columns whose errors reach what is beyond them in one product */
+    LEAST_ROWS = 64,          /* of a weight whose scales are refitted at a time, … */
+    NORMAL_BYTES = 256 << 20, /* … and more of them while their normal equations fit */
+    N_SUMS =
+        5, /* of the output; of its error with nearest codes, and at last; of the weight's error; of the weight */
+};
+
+static const double largest_damping = 1, damping_growth = 4;
+
+/* Device memory, laid out anew for every weight. */
+struct space {
+    struct mat factor;             /* F32 [cols, cols] */
+    struct mat work;               /* F64 [cols, cols]; where the following ones lie */
+    struct mat codes;              /* I8 [rows, cols] */
+    struct mat wh, gradient, pool; /* F32 [rows, cols]: W·H; (W − Ŵ)·H; feedback, residuals, products */
+    struct mat panel, feedback;    /* F32 [rows, PANEL] */
+    struct mat normal, rhs;        /* F32 [some rows, groups²], [some rows, groups] */
+};
+
+struct gptq {
+    const struct backend *b;
+    struct gptq_options o;
+    struct buf memory;
+    struct staged_buf order, sums; /* I32 [cols]; doubles, and one integer */
+    float *diagonal;               /* [cols], host */
+    const struct mat *h;
+    double damping;
+    int64_t n_dead;
+};
+
+/* --- memory ----------------------------------------------------------------------------------------------------- */
+
+static int64_t least(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+/* The factor lies in front, where every weight of a set finds it. */
+static uint64_t lay_out(void *base, const struct gptq_size *s, struct space *out)
+{
+    const int64_t groups = (s->cols + s->group - 1) / s->group;
+    const int64_t fitting = NORMAL_BYTES / (groups * groups * (int64_t)sizeof(float));
+    const int64_t refit_rows = least(s->rows, fitting > LEAST_ROWS ? fitting : LEAST_ROWS);
+    uint64_t at = 0, behind;
+    out->factor = arena_take(base, &at, DTYPE_F32, s->cols, s->cols);
+    behind = at;
+    out->work = arena_take(base, &behind, DTYPE_F64, s->cols, s->cols);
+    out->codes = arena_take(base, &at, DTYPE_I8, s->rows, s->cols);
+    out->wh = arena_take(base, &at, DTYPE_F32, s->rows, s->cols);
+    out->gradient = arena_take(base, &at, DTYPE_F32, s->rows, s->cols);
+    out->pool = arena_take(base, &at, DTYPE_F32, s->rows, s->cols);
+    out->panel = arena_take(base, &at, DTYPE_F32, s->rows, PANEL);
+    out->feedback = arena_take(base, &at, DTYPE_F32, s->rows, PANEL);
+    out->normal = arena_take(base, &at, DTYPE_F32, refit_rows, groups * groups);
+    out->rhs = arena_take(base, &at, DTYPE_F32, refit_rows, groups);
+    return at > behind ? at : behind;
+}
+
+uint64_t gptq_bytes(const struct gptq_size *sizes, size_t n)
+{
+    uint64_t most = 0;
+    for (size_t i = 0; i < n; i++) {
+        struct space unused;
+        const uint64_t bytes = lay_out(NULL, &sizes[i], &unused);
+        most = bytes > most ? bytes : most;
+    }
+    return most;
+}
+
+int gptq_open(struct gptq **out, const struct backend *b, const struct gptq_options *options,
+              const struct gptq_size *sizes, size_t n)
+{
+    *out = NULL;
+    struct gptq *g = mem_alloc(1, sizeof *g, "GPTQ");
+    if (!g)
+        return ERR_MEMORY;
+    *g = (struct gptq){.b = b, .o = *options};
+    int64_t cols = 0;
+    for (size_t i = 0; i < n; i++)
+        cols = sizes[i].cols > cols ? sizes[i].cols : cols;
+    g->diagonal = mem_alloc((size_t)cols, sizeof *g->diagonal, "a Hessian's diagonal");
+    int rc = g->diagonal ? 0 : ERR_MEMORY;
+    if (!rc)
+        rc = b->core->acquire(b, gptq_bytes(sizes, n), "codes on their way", &g->memory);
+    const struct staged_need needs[] = {
+        {&g->order, (size_t)cols * sizeof(int32_t), "an order of columns"},
+        {&g->sums, N_SUMS * sizeof(double) + 2 * sizeof(int64_t), "errors"},
+    };
+    if (!rc)
+        rc = backend_acquire_staged(b, needs, sizeof needs / sizeof *needs);
+    if (rc < 0)
+        gptq_close(g);
+    else
+        *out = g;
+    return rc;
+}
+
+void gptq_close(struct gptq *g)
+{
+    if (!g)
+        return;
+    struct staged_buf *const pieces[] = {&g->order, &g->sums};
+    backend_release_staged(g->b, pieces, sizeof pieces / sizeof *pieces);
+    if (g->memory.ptr)
+        g->b->core->release(g->b, &g->memory);
+    free(g->diagonal);
+    free(g);
+}
+
+/* --- order and factor ------------------------------------------------------------------------------------------- */
+
+struct column {
+    float diagonal;
+    int32_t index;
+};
+
+static int by_diagonal(const void *a, const void *b)
+{
+    const struct column *x = a, *y = b;
+    if (x->diagonal != y->diagonal)
+        return x->diagonal > y->diagonal ? -1 : 1;
+    return x->index < y->index ? -1 : 1;
+}
+
+static int choose_order(struct gptq *g, int64_t n)
+{
+    int32_t *order = g->order.host;
+    struct column *columns = mem_alloc((size_t)n, sizeof *columns, "an order of columns");
+    if (!columns)
+        return ERR_MEMORY;
+    for (int64_t i = 0; i < n; i++)
+        columns[i] = (struct column){g->diagonal[i], (int32_t)i};
+    if (!g->o.natural_order)
+        qsort(columns, (size_t)n, sizeof *columns, by_diagonal);
+    for (int64_t i = 0; i < n; i++)
+        order[i] = columns[i].index;
+    free(columns);
+    return g->b->core->stage_in(g->b, &g->order, 0, (size_t)n * sizeof *order);
+}
+
+static struct mat order_of(const struct gptq *g, int64_t n)
+{
+    return (struct mat){g->order.device, DTYPE_I32, 1, n, n};
+}
+
+/* Reads the diagonal: its mean, and how many columns are dead. */
+static int judge_diagonal(struct gptq *g, const struct mat *h, double *mean)
+{
+    double sum = 0;
+    g->n_dead = 0;
+    const int rc = g->b->quant->diagonal(g->b, h, g->diagonal);
+    for (int64_t i = 0; !rc && i < h->rows; i++) {
+        sum += (double)g->diagonal[i];
+        g->n_dead += g->diagonal[i] == 0;
+    }
+    if (!rc && !isfinite(sum))
+        return err_set(ERR_FORMAT,
+                       "the calibration's activations are not finite (NaN, or beyond the range of FP32)");
+    *mean = sum / (double)h->rows;
+    return rc;
+}
+
+int gptq_prepare(struct gptq *g, const struct mat *h)
+{
+    const struct quant_ops *quant = g->b->quant;
+    double mean = 0;
+    int rc = judge_diagonal(g, h, &mean);
+    g->h = h;
+    g->damping = 0;
+    if (rc < 0 || !g->o.sweep)
+        return rc;
+    rc = choose_order(g, h->rows);
+    struct space s;
+    lay_out(g->memory.ptr, &(struct gptq_size){1, h->rows, h->rows}, &s);
+    const struct mat order = order_of(g, h->rows);
+    const double unit = mean > 0 ? mean : 1; /* nothing ever came in: every code will be the nearest */
+    int definite = 0;
+    for (double d = g->o.damping; !rc && !definite && d <= largest_damping; d *= damping_growth) {
+        rc = quant->factorize(g->b, h, &order, (float)((mean > 0 ? d : 1) * unit), &s.work, &s.factor,
+                              &definite);
+        g->damping = d;
+    }
+    if (!rc && !definite)
+        return err_set(ERR_FORMAT,
+                       "the Hessian of the calibration's activations is not positive definite, even with %g "
+                       "of its mean diagonal added",
+                       g->damping);
+    return rc;
+}
+
+/* --- the sweep -------------------------------------------------------------------------------------------------- */
+
+/* Columns in blocks of SWEEP_COLUMNS. What a block's errors mean for the columns behind it is added at once within its
+ * panel, and beyond the panel for all of its blocks together. */
+static int sweep(const struct gptq *g, const struct rounding *r, const struct space *s)
+{
+    const struct backend *b = g->b;
+    const int64_t cols = r->w->cols;
+    const struct mat order = order_of(g, cols);
+    int rc = b->core->zero(b, &s->pool);
+    for (int64_t panel = 0; !rc && panel < cols; panel += PANEL) {
+        const int64_t end = least(panel + PANEL, cols);
+        for (int64_t first = panel, next; !rc && first < end; first = next) {
+            next = least(first + SWEEP_COLUMNS, end);
+            const struct mat errors = mat_cols(&s->panel, first - panel, next - first);
+            rc = b->quant->sweep_block(b, r, &order, &s->factor, &s->pool, first, &errors);
+            if (rc < 0 || next == end)
+                continue;
+            const struct mat rows = mat_rows(&s->factor, first, next - first),
+                             factor = mat_cols(&rows, next, end - next),
+                             behind = mat_cols(&s->pool, next, end - next);
+            rc = b->core->matmul(b, 1, &errors, &factor, true, &behind);
+        }
+        if (rc < 0 || end == cols)
+            continue;
+        const struct mat errors = mat_cols(&s->panel, 0, end - panel),
+                         rows = mat_rows(&s->factor, panel, end - panel),
+                         factor = mat_cols(&rows, end, cols - end),
+                         behind = mat_cols(&s->pool, end, cols - end);
+        rc = b->core->matmul(b, 1, &errors, &factor, true, &behind);
+    }
+    return rc;
+}
+
+/* --- refinement ------------------------------------------------------------------------------------------------- */
+
+static struct qmat qmat_rows(const struct qmat *q, int64_t first, int64_t n)
+{
+    struct qmat part = *q;
+    part.packed = mat_rows(&q->packed, first, n);
+    part.scales = mat_rows(&q->scales, first, n);
+    if (q->zeros.data)
+        part.zeros = mat_rows(&q->zeros, first, n);
+    return part;
+}
+
+/* Some rows' scales: with the codes c of a group as a vector over its columns, ŵ = Σ sᵢ·cᵢ, the row's error is
+ * s·A·sᵀ − 2·s·bᵀ + constant, where Aᵢⱼ = cᵢ·H·cⱼᵀ and bᵢ = w·H·cᵢᵀ. */
+static int refit_rows(const struct gptq *g, const struct mat *codes, const struct mat *wh,
+                      const struct qmat *q, const struct space *s)
+{
+    const struct backend *b = g->b;
+    const int64_t n = codes->rows, cols = codes->cols, groups = q->scales.cols;
+    const struct mat normal = mat_rows(&s->normal, 0, n), rhs = mat_rows(&s->rhs, 0, n);
+    int rc = b->quant->group_dots(b, wh, codes, q->group, &rhs);
+    for (int64_t i = 0; !rc && i < groups; i++) {
+        const int64_t first = i * q->group, width = least(q->group, cols - first);
+        const struct mat own = mat_cols(codes, first, width), behind = mat_cols(codes, first, cols - first),
+                         rows = mat_rows(g->h, first, width), h = mat_cols(&rows, first, cols - first),
+                         whole = mat_rows(&s->pool, 0, n), product = mat_cols(&whole, 0, cols - first),
+                         a = mat_cols(&normal, i * groups + i, groups - i);
+        rc = b->core->matmul(b, 1, &own, &h, false, &product);
+        if (!rc)
+            rc = b->quant->group_dots(b, &product, &behind, q->group, &a);
+    }
+    int64_t *n_kept = (int64_t *)((double *)g->sums.device + N_SUMS);
+    return rc ? rc : b->quant->solve_scales(b, &normal, &rhs, g->o.search.positive_only, q, n_kept);
+}
+
+static int refit(const struct gptq *g, const struct rounding *r, const struct space *s)
+{
+    int rc = 0;
+    for (int64_t row = 0; !rc && row < r->w->rows; row += s->normal.rows) {
+        const int64_t n = least(s->normal.rows, r->w->rows - row);
+        const struct mat codes = mat_rows(r->codes, row, n), wh = mat_rows(&s->wh, row, n);
+        const struct qmat q = qmat_rows(r->q, row, n);
+        rc = refit_rows(g, &codes, &wh, &q, s);
+    }
+    return rc;
+}
+
+/* gradient = (W − Ŵ)·H, and *error (device) = Σ (W − Ŵ)⊙gradient */
+static int evaluate(const struct gptq *g, const struct rounding *r, const struct space *s, double *error)
+{
+    const struct backend *b = g->b;
+    int rc = b->quant->residual(b, r, &s->pool);
+    if (!rc)
+        rc = b->core->matmul(b, 1, &s->pool, g->h, false, &s->gradient);
+    return rc ? rc : b->core->dot(b, &s->pool, &s->gradient, error);
+}
+
+/* One pass over all columns, in panels as in the sweep; within a panel the changes go to a feedback of its own, so that
+ * the gradient of every column, its own too, can be brought up to date by one product. */
+static int descend(const struct gptq *g, const struct rounding *r, const struct space *s)
+{
+    const struct backend *b = g->b;
+    const int64_t cols = r->w->cols;
+    int rc = 0;
+    for (int64_t panel = 0; !rc && panel < cols; panel += PANEL) {
+        const int64_t end = least(panel + PANEL, cols);
+        rc = b->core->zero(b, &s->feedback);
+        for (int64_t first = panel, next; !rc && first < end; first = next) {
+            next = least(first + SWEEP_COLUMNS, end);
+            const struct mat changes = mat_cols(&s->panel, first - panel, next - first),
+                             feedback = mat_cols(&s->feedback, first - panel, next - first);
+            rc = b->quant->descend_block(b, r, g->h, &s->gradient, &feedback, first, &changes);
+            if (rc < 0 || next == end)
+                continue;
+            const struct mat rows = mat_rows(g->h, first, next - first),
+                             h = mat_cols(&rows, next, end - next),
+                             behind = mat_cols(&s->feedback, next - panel, end - next);
+            rc = b->core->matmul(b, -1, &changes, &h, true, &behind);
+        }
+        const struct mat changes = mat_cols(&s->panel, 0, end - panel),
+                         h = mat_rows(g->h, panel, end - panel);
+        if (!rc)
+            rc = b->core->matmul(b, -1, &changes, &h, true, &s->gradient);
+    }
+    return rc;
+}
+
+static int refine(const struct gptq *g, const struct rounding *r, const struct space *s)
+{
+    double *unused = (double *)g->sums.device + N_SUMS - 1; /* so far */
+    int rc = 0;
+    for (int round = 0; !rc && round < g->o.rounds; round++) {
+        rc = refit(g, r, s);
+        if (!rc)
+            rc = evaluate(g, r, s, unused);
+        for (int pass = 0; !rc && pass < g->o.passes; pass++)
+            rc = descend(g, r, s);
+    }
+    return rc || !g->o.rounds ? rc : refit(g, r, s);
+}
+
+/* --- one weight ------------------------------------------------------------------------------------------------- */
+
+static int choose_scales(const struct gptq *g, const struct mat *w, const struct qmat *q)
+{
+    const struct scale_spec plain = {g->o.scales, g->o.search.positive_only};
+    struct qmat out = *q;
+    return g->o.scales == SCALE_WEIGHTED || g->o.scales == SCALE_BLOCK
+               ? g->b->quant->search_scales(g->b, w, g->h, &g->o.search, q)
+               : g->b->quant->find_scales(g->b, w, &plain, &out);
+}
+
+/* Σ w⊙(W·H), the output's own square, then the error of nearest codes. */
+static int measure_nearest(const struct gptq *g, const struct rounding *r, const struct space *s,
+                           double *sums)
+{
+    const struct backend *b = g->b;
+    int rc = b->core->matmul(b, 1, r->w, g->h, false, &s->wh);
+    if (!rc)
+        rc = b->core->dot(b, r->w, &s->wh, &sums[0]);
+    if (!rc)
+        rc = b->quant->round_codes(b, r);
+    return rc ? rc : evaluate(g, r, s, &sums[1]);
+}
+
+static double ratio(double part, double whole)
+{
+    return whole > 0 ? part / whole : 0;
+}
+
+int gptq_quantize(struct gptq *g, const struct mat *w, const struct qmat *q, struct gptq_stats *stats)
+{
+    const struct backend *b = g->b;
+    const struct gptq_size size = {w->rows, w->cols, q->group};
+    struct space s;
+    lay_out(g->memory.ptr, &size, &s);
+    const struct rounding r = {w, q, &s.codes};
+    double *sums = g->sums.device;
+    int rc = choose_scales(g, w, q);
+    if (!rc)
+        rc = measure_nearest(g, &r, &s, sums);
+    if (!rc && g->o.sweep)
+        rc = sweep(g, &r, &s);
+    if (!rc)
+        rc = refine(g, &r, &s);
+    if (!rc)
+        rc = evaluate(g, &r, &s, &sums[2]);
+    if (!rc)
+        rc = b->core->dot(b, &s.pool, &s.pool, &sums[3]); /* the residuals that evaluate left there */
+    if (!rc)
+        rc = b->core->dot(b, w, w, &sums[4]);
+    if (!rc)
+        rc = b->quant->pack_codes(b, &s.codes, q);
+    if (!rc)
+        rc = b->core->stage_out(b, &g->sums, 0, g->sums.bytes);
+    if (rc < 0)
+        return rc;
+    const double *host = g->sums.host;
+    *stats = (struct gptq_stats){.nearest_error = ratio(host[1], host[0]),
+                                 .error = ratio(host[2], host[0]),
+                                 .weight_error = ratio(host[3], host[4]),
+                                 .damping = g->damping,
+                                 .n_dead = g->n_dead};
+    return 0;
+}

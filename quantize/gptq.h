@@ -1,0 +1,55 @@
+/* GPTQ (Frantar et al. 2022, arXiv 2210.17323) for linears that read the same inputs, then two steps that need no
+ * gradient either: scales by least squares for the codes that were found, and coordinate descent on the codes.
+ *
+ * With e = w − ŵ the error of a row and H = Σ xᵀx over the calibration's inputs, a row's output error is eHeᵀ. Where the
+ * original takes columns off an inverse, here H = M·D·Mᵀ with M unit upper triangular: eHeᵀ = Σ Dⱼ·(eM)ⱼ², and going
+ * from left to right each column makes its own term least:
+ *     ŵⱼ = nearest(wⱼ + Σ_{k<j} eₖ·Mₖⱼ)
+ * This is the same result (LDLQ, Chee et al. 2023, arXiv 2307.13304) from one factorization. Columns are visited in
+ * descending order of Hⱼⱼ; their groups stay those of the weight, so the order leaves no trace in the file. */
+#ifndef GEMCUT_QUANTIZE_GPTQ_H
+#define GEMCUT_QUANTIZE_GPTQ_H
+
+#include "kernels/backend.h"
+
+struct gptq_options {
+    bool sweep;         /* false: codes are the nearest, under scales that are searched all the same */
+    bool natural_order; /* columns as they stand */
+    double damping;     /* added to the diagonal, as a share of its mean; raised where that is not enough */
+    int rounds, passes; /* scales and codes are refined so many times, the codes with so many passes */
+    struct search_spec search;
+    enum scale_rule scales; /* SCALE_WEIGHTED or SCALE_BLOCK: searched; others: from the weights alone */
+};
+
+/* What became of one weight. Squared output errors are shares of that of an output of zeros, Σ|(W − Ŵ)x|² / Σ|Wx|². */
+struct gptq_stats {
+    double nearest_error, error; /* with nearest codes under the same scales; as it is written */
+    double weight_error;         /* Σ(w − ŵ)² / Σw² */
+    double damping;              /* that it took */
+    double clipped; /* share of weights that lie beyond their group's codes by more than half a step */
+    int64_t n_dead; /* inputs that were always zero */
+};
+
+struct gptq_clock; /* seconds by kind of work */
+
+struct gptq;
+
+/* The largest sets of linears that will come: rows together, cols, columns of a group. */
+struct gptq_size {
+    int64_t rows, cols, group;
+};
+
+/* Memory for any of these sizes is taken from b. */
+int gptq_open(struct gptq **out, const struct backend *b, const struct gptq_options *options,
+              const struct gptq_size *sizes, size_t n);
+void gptq_close(struct gptq *g);
+uint64_t gptq_bytes(const struct gptq_size *sizes, size_t n);
+
+/* Takes a finished Hessian F32 [cols, cols]: the order of its columns, its factor. Inputs that were not finite, and a
+ * matrix that no damping up to its mean diagonal makes positive definite, are ERR_DATA. */
+int gptq_prepare(struct gptq *g, const struct mat *h);
+
+/* Quantizes a weight [rows, cols] whose inputs the last gptq_prepare saw: fills q's codes, scales and zero points. */
+int gptq_quantize(struct gptq *g, const struct mat *w, const struct qmat *q, struct gptq_stats *stats);
+
+#endif
