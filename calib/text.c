@@ -328,8 +328,8 @@ int documents_read(struct documents *out, const char *path, enum chat_format cha
     *out = (struct documents){0};
     if (!strcmp(path, DOCUMENTS_BUILTIN)) {
         size_t len;
-        const char *text = builtin_prose(&len);
-        return documents_parse(out, text, len, DOCUMENTS_BUILTIN ".txt", chat, DOCUMENTS_MAX_BYTES);
+        const void *mixture = builtin_calibration(&len);
+        return documents_parse(out, mixture, len, DOCUMENTS_BUILTIN ".jsonl.zst", chat, DOCUMENTS_MAX_BYTES);
     }
     struct file_map map;
     int rc = file_map_open(&map, path);

@@ -14,7 +14,7 @@
 #include <stdint.h>
 
 #define DOCUMENTS_MAX_BYTES ((uint64_t)4 << 30)
-#define DOCUMENTS_BUILTIN   "builtin" /* the file name that means calib/builtin.h */
+#define DOCUMENTS_BUILTIN   "builtin" /* the file name that means builtin_calibration() */
 
 struct document {
     char *text; /* [len] UTF-8 and a NUL, owned; may be empty and, from .txt, hold NULs */
@@ -29,7 +29,7 @@ struct documents {
     size_t n;
 };
 
-/* Reads a file, or with DOCUMENTS_BUILTIN the text that ships with gemcut. Errors name the file and, where there are
+/* Reads a file, or with DOCUMENTS_BUILTIN the mixture that ships with gemcut. Errors name the file and, where there are
  * lines, the line. */
 int documents_read(struct documents *out, const char *path, enum chat_format chat);
 

@@ -111,7 +111,7 @@ static int make_weights(const char *folder, const struct bench_tensors *tensors,
     if (!rc)
         rc = plan(&m, &n_tasks);
     if (!rc)
-        rc = writer_begin(m.writer);
+        rc = writer_begin(m.writer, false);
     bench_values_normal(&m.values[LIKE_WEIGHTS], 0, 0.02);
     bench_values_normal(&m.values[LIKE_NORMS], 0, 0.1);
     if (!rc)

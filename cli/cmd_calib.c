@@ -27,8 +27,8 @@ static const char *const orders[] = {"shuffle", "file", NULL};
 static const struct opt_arg positional[] = {
     {.name = "FILE",
      .offset = OPT_OFFSET(struct args, file, const char *),
-     .help = "text: .txt, .jsonl (\"text\" or \"messages\"), either also with .zst; builtin = English prose "
-             "that ships with gemcut"},
+     .help = "text: .txt, .jsonl (\"text\" or \"messages\"), either also with .zst; builtin = the "
+             "mixture of prose, languages, code and conversations that ships with gemcut"},
 };
 
 static const struct opt options[] = {

@@ -25,7 +25,7 @@ struct args {
     bool skip_bos;
     struct opt_list ignore, only, overrides;
     uint64_t shard_size;
-    bool allow_nonfinite, dry_run, overwrite, no_verify;
+    bool allow_nonfinite, dry_run, overwrite, no_verify, resume;
     struct machine_options machine;
     struct output_options output;
 };
@@ -90,7 +90,8 @@ static const struct opt options[] = {
      .initial_note = "builtin",
      .help =
          "text: .txt, .jsonl (\"text\" or \"messages\"), either also with .zst; builtin = a mixture that ships with "
-         "gemcut. gemcut calib shows what it comes to"},
+         "gemcut; self = what the model itself writes; builtin+self = half of each. gemcut calib shows what a text "
+         "comes to"},
     {.name = "samples",
      OPT_TO_INT(struct args, samples),
      .value = "N",
@@ -179,6 +180,9 @@ static const struct opt options[] = {
      .max = INT64_MAX,
      .help = "largest file"},
     {.name = "overwrite", OPT_TO_FLAG(struct args, overwrite), .help = "replace OUT, if gemcut wrote it"},
+    {.name = "resume",
+     OPT_TO_FLAG(struct args, resume),
+     .help = "go on where a run with the same flags was interrupted; the result is the same, byte for byte"},
     {.name = "dry-run", OPT_TO_FLAG(struct args, dry_run), .help = "show the plan and write nothing"},
     {.name = "no-verify",
      OPT_TO_FLAG(struct args, no_verify),
@@ -433,6 +437,8 @@ static void describe_result(const struct cut *cut, const struct args *a, const s
         text_printf(out, "         damping had to be raised to %g\n", s.damping);
     if (s.n_nonfinite)
         text_printf(out, "         %lld NaN or infinite weights were taken as 0\n", (long long)s.n_nonfinite);
+    if (cut_recalled(cut))
+        text_printf(out, "resumed  %zu linears had been finished before\n", cut_recalled(cut));
     text_printf(out, "time     %s, %s\n", human_seconds(seconds).s,
                 a->no_verify ? "not read back" : "read back and compared");
 }
@@ -563,6 +569,7 @@ int cmd_quantize(int argc, char **argv)
                                         .count_time = a.report != NULL,
                                         .shard_bytes = a.shard_size,
                                         .n_workers = (int)a.machine.threads,
+                                        .resume = a.resume,
                                         .overwrite = a.overwrite,
                                         .skip_check = a.no_verify};
         rc = cut_open(&cut, &job);

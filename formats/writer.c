@@ -215,13 +215,15 @@ static int put_bytes(const struct shard *s, const void *data, size_t n, uint64_t
     return rc < 0 ? err_context(rc, "%s", s->path) : 0;
 }
 
-static int create_shard(struct shard *s, const struct text *header)
+static int create_shard(struct shard *s, const struct text *header, bool keep)
 {
-    s->fd = open(s->path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    s->fd = open(s->path, O_RDWR | O_CREAT | O_CLOEXEC | (keep ? O_NOFOLLOW : O_EXCL), 0666);
     if (s->fd < 0)
         return err_errno("%s", s->path);
     s->header_bytes = 8 + header->len;
     const uint64_t bytes = s->header_bytes + s->data_bytes;
+    if (keep && ftruncate(s->fd, (off_t)bytes) < 0)
+        return err_errno("%s: reserving %llu bytes", s->path, (unsigned long long)bytes);
     int rc = tmpfs_file_is(s->fd) ? map_shard(s, bytes) : reserve_shard(s, bytes);
     if (rc < 0)
         return rc;
@@ -232,7 +234,7 @@ static int create_shard(struct shard *s, const struct text *header)
     return rc < 0 ? rc : put_bytes(s, header->data, header->len, sizeof prefix);
 }
 
-int writer_begin(struct writer *w)
+int writer_begin(struct writer *w, bool keep)
 {
     CHECK(!w->shards);
     const size_t n = assign_shards(w);
@@ -242,7 +244,7 @@ int writer_begin(struct writer *w)
     w->n_shards = n;
     for (size_t s = 0; s < n; s++)
         w->shards[s].fd = -1;
-    const int fits = check_space(w);
+    const int fits = keep ? 0 : check_space(w); /* what is kept has its space */
     if (fits < 0)
         return fits;
     for (size_t s = 0; s < n; s++) {
@@ -253,7 +255,7 @@ int writer_begin(struct writer *w)
         struct text header = {0};
         int rc = layout_shard(w, s, &header);
         if (!rc)
-            rc = create_shard(&w->shards[s], &header);
+            rc = create_shard(&w->shards[s], &header, keep);
         text_free(&header);
         if (rc < 0)
             return rc;
@@ -273,6 +275,15 @@ int writer_put(const struct writer *w, size_t id, uint64_t offset, const void *d
     if (!rc && !s->mapped && n >= EARLY_FLUSH_BYTES)
         sync_file_range(s->fd, (off_t)at, (off_t)n, SYNC_FILE_RANGE_WRITE);
     return rc;
+}
+
+int writer_get(const struct writer *w, size_t id, uint64_t offset, void *data, size_t n)
+{
+    CHECK(id < w->n_entries);
+    const struct entry *e = &w->entries[id];
+    const struct shard *s = &w->shards[e->shard];
+    CHECK(offset <= e->bytes && n <= e->bytes - offset);
+    return file_pread(s->fd, data, n, s->header_bytes + e->offset + offset, s->path);
 }
 
 int writer_index(const struct writer *w)

@@ -8,6 +8,7 @@
 
 #include "base/dtype.h"
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -20,11 +21,15 @@ int writer_open(struct writer **out, const char *folder, uint64_t shard_bytes);
 int writer_add(struct writer *w, const char *name, const char *module, enum dtype dtype, int n_dims,
                const int64_t *shape, size_t *id);
 
-/* Lays out and creates the files, reserving their full size, so that a full disk shows before the work. */
-int writer_begin(struct writer *w);
+/* Lays out and creates the files, reserving their full size, so that a full disk shows before the work. keep: files of
+ * an earlier run with the same announcements keep what was put into them. */
+int writer_begin(struct writer *w, bool keep);
 
 /* n bytes of tensor `id` from byte `offset` on. Safe to call from many threads for disjoint ranges. */
 int writer_put(const struct writer *w, size_t id, uint64_t offset, const void *data, size_t n);
+
+/* Reads back what has been put. */
+int writer_get(const struct writer *w, size_t id, uint64_t offset, void *data, size_t n);
 
 /* Writes model.safetensors.index.json when there are several files. The folder can then be opened and read. */
 int writer_index(const struct writer *w);

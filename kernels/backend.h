@@ -224,6 +224,13 @@ struct core_ops {
      * targets and out: on the host. */
     int (*compare_rows)(const struct backend *b, const struct mat *logits_a, const struct mat *logits_b,
                         const int32_t *targets, struct row_comparison *out);
+    /* For every row of logits F32 [n, cols] a token drawn from softmax(logits / temperature): the column with the
+     * greatest (logit − highest)/temperature + g, of equals the first. g = −log(−log(1 − v)) (Gumbel), v = (h + ½)·2⁻³²,
+     * and h is 32 bits of a hash of seed + row, step and column: rows of a matrix that is cut draw the same tokens when
+     * seed grows by the first row. temperature 0: the greatest logit. A row with a NaN or without a finite maximum is
+     * ERR_FORMAT. out [n]: on the host. */
+    int (*sample_rows)(const struct backend *b, const struct mat *logits, float temperature, uint64_t seed,
+                       int64_t step, int32_t *out);
 };
 
 struct quant_ops {

@@ -382,7 +382,7 @@ static int run_block(struct run *r, int layer)
     if (!rc)
         rc = spent(r, WORK_FORWARD);
     weights_unload_part(&r->weights, layer);
-    return rc ? rc : r->events->on_block(r->events->ctx, layer);
+    return rc;
 }
 
 int calibrate_run(const struct model *m, const struct recipe_plan *plan, const struct backend *b,

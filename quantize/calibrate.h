@@ -25,8 +25,6 @@ struct calibrated_linear {
 struct calibrate_events {
     /* A linear's result. */
     int (*on_linear)(void *ctx, const struct calibrated_linear *linear);
-    /* A block is done: everything of it has gone through on_linear. */
-    int (*on_block)(void *ctx, int layer);
     /* Of the first blocks the result may be known: fills q (host memory of the right shape) and returns 1, else 0. NULL:
      * it never is. */
     int (*known)(void *ctx, const struct linear_plan *plan, const struct qmat *q);

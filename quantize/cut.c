@@ -27,6 +27,8 @@ struct cut {
     const struct dataset *data; /* NULL, unless calibrated */
     int32_t bos;
     double seconds[N_WORK];
+    struct journal *journal; /* while a calibrated run is under way */
+    size_t n_recalled;       /* linears that an earlier run had finished */
 };
 
 /* --- opening -------------------------------------------------------------------------------------------------- */
@@ -58,7 +60,7 @@ static int open_calibration(struct cut *c)
     c->data = c->options.data ? c->options.data : &c->own;
     c->bos = -1;
     if (!c->options.data)
-        rc = calib_data_make(&c->own, &c->source, &r->calib, &c->bos);
+        rc = calib_data_make(&c->own, &c->source, &c->backend, &r->calib, &c->bos);
     return rc ? rc
               : calibrate_plan(&c->calibration, &c->source, &c->plan, &c->backend, c->data->samples,
                                c->data->length);
@@ -100,6 +102,7 @@ void cut_close(struct cut *c)
 {
     if (!c)
         return;
+    journal_close(c->journal);
     dataset_free(&c->own);
     pipeline_close(c->pipeline);
     writer_close(c->writer);
@@ -155,6 +158,11 @@ const double *cut_seconds(const struct cut *c)
 const struct dataset *cut_data(const struct cut *c)
 {
     return c->data;
+}
+
+size_t cut_recalled(const struct cut *c)
+{
+    return c->n_recalled;
 }
 
 /* One block of made-up weights through the kernels that the plan will use. */
@@ -242,6 +250,11 @@ static void write_stats(const struct gptq_stats *s, struct text *t)
     json_kv_double(t, "damping", s->damping);
     json_kv_double(t, "clipped", s->clipped);
     json_kv_int(t, "dead_inputs", s->n_dead);
+}
+
+static struct hash128 hash_ids(const struct dataset *d)
+{
+    return hash_bytes(d->ids, (size_t)(d->samples * d->length) * sizeof *d->ids);
 }
 
 /* What was calibrated with: enough to make the same ids again, and their hash to see that they are. */
@@ -377,15 +390,39 @@ static int check_written(const struct cut *c, const struct cut_events *events)
 
 static int deliver(void *ctx, const struct calibrated_linear *l)
 {
-    struct cut *c = ctx;
-    return pipeline_deliver(c->pipeline, l->plan, &l->q, &l->stats);
+    const struct cut *c = ctx;
+    struct journal_entry entry;
+    const int rc = pipeline_deliver(c->pipeline, l->plan, &l->q, &l->stats, &entry);
+    return rc ? rc : journal_add(c->journal, l->plan->tensor->name, &entry);
 }
 
-static int on_block(void *ctx, int layer)
+static int recall(void *ctx, const struct linear_plan *plan, const struct qmat *q)
 {
-    (void)ctx;
-    (void)layer;
-    return 0;
+    struct cut *c = ctx;
+    const struct journal_entry *entry = journal_find(c->journal, plan->tensor->name);
+    const int rc = entry ? pipeline_recall(c->pipeline, plan, q, entry) : 0;
+    c->n_recalled += rc > 0;
+    return rc;
+}
+
+/* The journal is of this run if the same things were asked for. */
+static int open_journal(struct cut *c)
+{
+    struct text recipe = {0};
+    recipe_write(&c->options.recipe, &recipe);
+    text_printf(&recipe, " in files of %llu", (unsigned long long)c->options.shard_bytes);
+    char *path = file_join(c->place.partial, JOURNAL_NAME);
+    int rc = path ? text_finish(&recipe) : ERR_MEMORY;
+    const struct journal_key key = {.version = c->options.version,
+                                    .backend = c->backend.name,
+                                    .recipe = recipe.data,
+                                    .source = hash_bytes(c->source.config.text, c->source.config.text_len),
+                                    .ids = hash_ids(c->data)};
+    if (!rc)
+        rc = journal_open(&c->journal, path, &key, c->options.resume);
+    free(path);
+    text_free(&recipe);
+    return rc;
 }
 
 static int calibrate(struct cut *c, const struct cut_events *events)
@@ -394,7 +431,7 @@ static int calibrate(struct cut *c, const struct cut_events *events)
     const struct calibrate_options options = {.gptq = recipe_gptq(r),
                                               .skip_id = r->calib.skip_bos ? c->bos : -1,
                                               .allow_nonfinite = r->allow_nonfinite};
-    const struct calibrate_events inner = {.on_linear = deliver, .on_block = on_block, .ctx = c};
+    const struct calibrate_events inner = {.on_linear = deliver, .known = recall, .ctx = c};
     if (events->on_stage)
         events->on_stage(events->ctx, CUT_CALIBRATE, cut_totals(c).n_linears);
     return calibrate_run(&c->source, &c->plan, &c->backend, c->data, &options, &inner,
@@ -406,7 +443,9 @@ static int build(struct cut *c, const struct cut_events *events)
     const struct pipeline_events inner = {events->on_bytes, events->on_linear, events->ctx};
     if (events->on_stage)
         events->on_stage(events->ctx, CUT_QUANTIZE, pipeline_source_bytes(c->pipeline));
-    int rc = writer_begin(c->writer);
+    int rc = c->data ? open_journal(c) : 0;
+    if (!rc)
+        rc = writer_begin(c->writer, c->options.resume);
     if (!rc)
         rc = pipeline_run(c->pipeline, c->pool, &c->backend, &inner);
     if (!rc && c->data)
@@ -424,17 +463,34 @@ static int build(struct cut *c, const struct cut_events *events)
     return rc ? rc : writer_finish(c->writer);
 }
 
+/* A run that can be resumed leaves its state: when it was interrupted, or when something ran out. */
+static bool worth_keeping(const struct cut *c, int rc)
+{
+    return c->journal && journal_entries(c->journal) > 0 &&
+           (rc == ERR_INTERRUPTED || rc == ERR_IO || rc == ERR_MEMORY);
+}
+
 int cut_run(struct cut *c, const struct cut_events *events)
 {
-    int rc = staging_begin(&c->place, c->options.overwrite);
+    char *journal = file_join(c->place.partial, JOURNAL_NAME);
+    if (!journal)
+        return ERR_MEMORY;
+    c->options.resume = c->options.resume && c->data && file_exists(journal);
+    free(journal);
+    int rc = staging_begin(&c->place, c->options.overwrite, c->options.resume);
     if (rc < 0)
         return rc;
     rc = build(c, events);
     if (!rc && err_interrupt_requested())
         rc = err_interrupted();
+    if (!rc && c->data)
+        rc = staging_remove(&c->place, JOURNAL_NAME);
     if (!rc)
         rc = staging_commit(&c->place);
-    if (rc < 0)
+    if (rc < 0 && worth_keeping(c, rc))
+        return err_context(rc, "%s is kept, --resume goes on from there", c->place.partial);
+    /* another run's journal is not this run's to remove */
+    if (rc < 0 && !(c->options.resume && !c->journal))
         staging_abandon(&c->place);
     return rc;
 }

@@ -16,7 +16,9 @@ struct cut_options {
     const struct dataset *data; /* ids to calibrate with in place of recipe.calib's text; NULL: read that */
     bool count_time;            /* of the kinds of work of a calibrated method */
     uint64_t shard_bytes;
-    int n_workers;   /* 0: one for each processor */
+    int n_workers; /* 0: one for each processor */
+    bool
+        resume; /* go on with what a run of a calibrated method has left in OUT.partial, if there is something */
     bool overwrite;  /* an existing OUT is replaced, if gemcut wrote it */
     bool skip_check; /* do not read the result back */
 };
@@ -64,5 +66,6 @@ int cut_run(struct cut *cut, const struct cut_events *events);
 const struct cut_linear *cut_linears(const struct cut *cut, size_t *n);
 const double *cut_seconds(const struct cut *cut);      /* [N_WORK]; zeros unless they were counted */
 const struct dataset *cut_data(const struct cut *cut); /* what was calibrated with */
+size_t cut_recalled(const struct cut *cut);            /* linears that a resumed run had finished */
 
 #endif

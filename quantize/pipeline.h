@@ -13,6 +13,7 @@
 #include "formats/checkpoint.h"
 #include "formats/writer.h"
 #include "quantize/gptq.h"
+#include "quantize/journal.h"
 #include "quantize/recipe.h"
 
 /* One tensor that the cut writes, for the record. */
@@ -55,9 +56,14 @@ int pipeline_run(struct pipeline *p, struct parallel *pool, const struct backend
                  const struct pipeline_events *events);
 
 /* The result of a linear of a calibrated recipe: q on the host, rows without gaps. Once for each, in any order, after
- * pipeline_run; from one thread. */
+ * pipeline_run; from one thread. *entry: what to note of it. */
 int pipeline_deliver(struct pipeline *p, const struct linear_plan *linear, const struct qmat *q,
-                     const struct gptq_stats *stats);
+                     const struct gptq_stats *stats, struct journal_entry *entry);
+
+/* The same for a result that an earlier run has written, which is read into q: 1; or 0 where the weight is another now,
+ * or the files do not hold what was noted. */
+int pipeline_recall(struct pipeline *p, const struct linear_plan *linear, const struct qmat *q,
+                    const struct journal_entry *entry);
 
 /* Results, after pipeline_run in the order of the source. */
 const struct written_tensor *pipeline_tensors(const struct pipeline *p, size_t *n);

@@ -75,6 +75,14 @@ static inline bool pipeline_rounds(const struct pipeline *p, const struct item *
     return it->linear && !p->calibrated;
 }
 
+/* Hashes the pieces of rows [row, end) that lie in buf. */
+void pipeline_hash_rows(const void *buf, int64_t cols, enum dtype dtype, int64_t row, int64_t end,
+                        struct hash128 *pieces);
+
+/* Everything of a linear but its codes, from the host; out: the hashes in the order of announce_linear. */
+int pipeline_put_scales(struct pipeline *p, const struct item *it, const uint16_t *scales,
+                        const int8_t *zeros, struct written_tensor *out);
+
 /* Frees what an item holds while it is under way. */
 void pipeline_release(struct item *it);
 

@@ -52,19 +52,6 @@ static int copy_rows(struct pipeline *p, struct item *it, struct worker *w, int6
     return 0;
 }
 
-/* Hashes the pieces of rows [row, end) that lie in buf. */
-static void hash_rows(const void *buf, int64_t cols, enum dtype dtype, int64_t row, int64_t end,
-                      struct hash128 *pieces)
-{
-    const int64_t piece_rows = tensor_piece_rows(cols, dtype);
-    const size_t row_bytes = (size_t)cols * dtype_bytes(dtype);
-    for (int64_t r = row; r < end; r += piece_rows) {
-        const int64_t rows = end - r < piece_rows ? end - r : piece_rows;
-        pieces[r / piece_rows] =
-            hash_bytes((const char *)buf + (size_t)(r - row) * row_bytes, (size_t)rows * row_bytes);
-    }
-}
-
 /* The worker's memory of a task, as matrices on the device. */
 struct task {
     struct item *item;
@@ -166,7 +153,7 @@ static int quantize_rows(struct pipeline *p, struct item *it, struct worker *w, 
         rc = w->backend.core->stage_in(&w->backend, &w->source, 0, bytes);
     if (rc < 0)
         return rc;
-    hash_rows(w->source.host, t->shape[1], t->dtype, row, end, it->source_pieces);
+    pipeline_hash_rows(w->source.host, t->shape[1], t->dtype, row, end, it->source_pieces);
     squares[0] = squares[1] = 0;
     for (int64_t r = row; !rc && r < end; r += block) {
         rc = quantize_block(p, w, &task, r - row, end - r < block ? end - r : block);
@@ -177,7 +164,7 @@ static int quantize_rows(struct pipeline *p, struct item *it, struct worker *w, 
         rc = collect_scales(w, &task, row);
     if (rc < 0)
         return rc;
-    hash_rows(w->packed.host, words, DTYPE_I32, row, end, it->packed_pieces);
+    pipeline_hash_rows(w->packed.host, words, DTYPE_I32, row, end, it->packed_pieces);
     return writer_put(p->writer, it->id, (uint64_t)(row * words) * 4, w->packed.host,
                       (size_t)((end - row) * words) * 4);
 }
@@ -210,52 +197,6 @@ static int begin_item(const struct pipeline *p, struct item *it)
     return ERR_MEMORY;
 }
 
-/* Writes a whole small tensor and returns its hash. shape: rows and columns, or columns alone. */
-static int put_whole(struct pipeline *p, size_t id, const void *data, enum dtype dtype, int n_dims,
-                     const int64_t *shape, struct hash128 *hash)
-{
-    const int64_t rows = n_dims == 2 ? shape[0] : 1, cols = shape[n_dims - 1];
-    const size_t n = (size_t)pipeline_pieces(rows, tensor_piece_rows(cols, dtype));
-    struct hash128 *pieces = mem_alloc(n, sizeof *pieces, "tensor hashes");
-    if (!pieces)
-        return ERR_MEMORY;
-    hash_rows(data, cols, dtype, 0, rows, pieces);
-    const int rc = tensor_hash_combine(pieces, n, dtype, n_dims, shape, hash);
-    free(pieces);
-    return rc ? rc : writer_put(p->writer, id, 0, data, (size_t)(rows * cols) * dtype_bytes(dtype));
-}
-
-/* Zero points on disk: packed along the rows, 32/bits of them in a word, as q + 2^(bits−1). */
-static int put_zeros(struct pipeline *p, const struct item *it, const int8_t *zeros, struct hash128 *hash)
-{
-    const struct quant_scheme s = it->linear->scheme;
-    const int64_t rows = it->source->shape[0], groups = quant_groups(s, it->source->shape[1]);
-    const int64_t word_rows = quant_zero_rows(s, rows), per_word = 32 / s.bits;
-    uint32_t *words = mem_alloc((size_t)(word_rows * groups), sizeof *words, "zero points");
-    if (!words)
-        return ERR_MEMORY;
-    const uint32_t offset = 1u << (s.bits - 1), mask = (1u << s.bits) - 1;
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t g = 0; g < groups; g++)
-            words[r / per_word * groups + g] |= (((uint32_t)zeros[r * groups + g] + offset) & mask)
-                                                << r % per_word * s.bits;
-    const int rc = put_whole(p, it->zero_id, words, DTYPE_I32, 2, (int64_t[]){word_rows, groups}, hash);
-    free(words);
-    return rc;
-}
-
-/* Everything of a linear but its codes; out: the hashes in the order of announce_linear. */
-static int put_scales(struct pipeline *p, const struct item *it, const uint16_t *scales, const int8_t *zeros,
-                      struct written_tensor *out)
-{
-    const struct quant_scheme s = it->linear->scheme;
-    const int64_t rows = it->source->shape[0], cols = it->source->shape[1], groups = quant_groups(s, cols);
-    int rc = put_whole(p, it->scale_id, scales, DTYPE_BF16, 2, (int64_t[]){rows, groups}, &out[1].hash);
-    if (!rc)
-        rc = put_whole(p, it->shape_id, (int64_t[]){rows, cols}, DTYPE_I64, 1, (int64_t[]){2}, &out[2].hash);
-    return rc || s.symmetric ? rc : put_zeros(p, it, zeros, &out[3].hash);
-}
-
 static int finish_linear(struct pipeline *p, struct item *it, struct hash128 source_hash)
 {
     const int64_t rows = it->source->shape[0],
@@ -275,28 +216,7 @@ static int finish_linear(struct pipeline *p, struct item *it, struct hash128 sou
     cut->n_nonfinite = it->n_nonfinite;
     const int rc = tensor_hash_combine(it->packed_pieces, packed_pieces, DTYPE_I32, 2,
                                        (int64_t[]){rows, words}, &out[0].hash);
-    return rc ? rc : put_scales(p, it, it->scales, it->zeros, out);
-}
-
-int pipeline_deliver(struct pipeline *p, const struct linear_plan *linear, const struct qmat *q,
-                     const struct gptq_stats *stats)
-{
-    size_t i = 0;
-    while (i < p->n_items && p->items[i].linear != linear)
-        i++;
-    CHECK(i < p->n_items && p->calibrated);
-    struct item *it = &p->items[i];
-    struct written_tensor *out = &p->written[it->written];
-    struct cut_linear *cut = &p->linears[it->cut];
-    cut->error = sqrt(stats->weight_error);
-    cut->stats = *stats;
-    int rc = put_whole(p, it->id, q->packed.data, DTYPE_I32, 2, (int64_t[]){q->packed.rows, q->packed.cols},
-                       &out[0].hash);
-    if (!rc)
-        rc = put_scales(p, it, q->scales.data, q->zeros.data, out);
-    if (!rc && p->events->on_linear)
-        p->events->on_linear(p->events->ctx, cut);
-    return rc;
+    return rc ? rc : pipeline_put_scales(p, it, it->scales, it->zeros, out);
 }
 
 static int finish_item(struct pipeline *p, struct item *it)

@@ -93,7 +93,7 @@ static int clear_leftovers(const struct staging *w)
     return rc;
 }
 
-int staging_begin(struct staging *w, bool overwrite)
+int staging_begin(struct staging *w, bool overwrite, bool keep)
 {
     int rc = check_out(w, overwrite);
     if (rc < 0)
@@ -111,7 +111,7 @@ int staging_begin(struct staging *w, bool overwrite)
     if (!ours)
         return err_set(ERR_IO, "%s: exists and is not the remains of a gemcut run; move it away", w->partial);
     rc = take_lock(w);
-    return rc < 0 ? rc : clear_leftovers(w);
+    return rc < 0 || keep ? rc : clear_leftovers(w);
 }
 
 int staging_write(const struct staging *w, const char *name, const void *data, size_t n)
@@ -162,8 +162,7 @@ int staging_files(const struct staging *w, struct file_list *out)
     size_t n = 0;
     for (size_t i = 0; i < out->n; i++) {
         char *name = out->names[i];
-        if (!strcmp(name, marker_name) || text_ends_with(name, ".safetensors") ||
-            text_ends_with(name, ".index.json"))
+        if (name[0] == '.' || text_ends_with(name, ".safetensors") || text_ends_with(name, ".index.json"))
             free(name);
         else
             out->names[n++] = name;
@@ -190,6 +189,16 @@ int staging_commit(struct staging *w)
         rc = err_errno("%s: cannot remove", marker);
     free(marker);
     return !rc && w->replaces ? file_remove_folder(w->partial) : rc;
+}
+
+int staging_remove(const struct staging *w, const char *name)
+{
+    char *path = file_join(w->partial, name);
+    if (!path)
+        return ERR_MEMORY;
+    const int rc = unlink(path) < 0 && errno != ENOENT ? err_errno("%s: cannot remove", path) : 0;
+    free(path);
+    return rc;
 }
 
 void staging_abandon(struct staging *w)

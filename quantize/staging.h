@@ -17,8 +17,9 @@ struct staging {
 int staging_init(struct staging *w, const char *out);
 void staging_free(struct staging *w);
 
-/* Creates OUT.partial. Refused when OUT exists, unless `overwrite` and gemcut wrote it. */
-int staging_begin(struct staging *w, bool overwrite);
+/* Creates OUT.partial. Refused when OUT exists, unless `overwrite` and gemcut wrote it. keep: what a run before has left
+ * there stays. */
+int staging_begin(struct staging *w, bool overwrite, bool keep);
 
 /* Writes one file into OUT.partial, and copies what a model needs besides weights and config.json: tokenizer,
  * chat template, generation settings, licence, cards. */
@@ -30,6 +31,9 @@ int staging_files(const struct staging *w, struct file_list *out);
 
 /* OUT.partial becomes OUT. */
 int staging_commit(struct staging *w);
+
+/* Removes a file of OUT.partial, if it is there. */
+int staging_remove(const struct staging *w, const char *name);
 
 /* Removes OUT.partial; keeps the error that is recorded. */
 void staging_abandon(struct staging *w);

@@ -157,4 +157,5 @@ const struct core_ops cpu_core_ops = {
     .geglu = cpu_geglu,
     .softcap = cpu_softcap,
     .compare_rows = cpu_compare_rows,
+    .sample_rows = cpu_sample_rows,
 };

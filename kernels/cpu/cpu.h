@@ -63,6 +63,8 @@ int cpu_attention(const struct backend *b, const struct attention_spec *spec, co
                   const struct mat *keys, const struct mat *values, const struct mat *out);
 int cpu_compare_rows(const struct backend *b, const struct mat *logits_a, const struct mat *logits_b,
                      const int32_t *targets, struct row_comparison *out);
+int cpu_sample_rows(const struct backend *b, const struct mat *logits, float temperature, uint64_t seed,
+                    int64_t step, int32_t *out);
 
 int cpu_hessian_add(const struct backend *b, const struct mat *x, const struct mat *h);
 int cpu_hessian_finish(const struct backend *b, const struct mat *h);

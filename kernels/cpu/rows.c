@@ -1,4 +1,5 @@
-/* What two models' logits say about a token: negative log-likelihood, divergence, the most likely token. */
+/* What two models' logits say about a token: negative log-likelihood, divergence, the most likely token; and tokens
+ * drawn from them. */
 #include "kernels/cpu/cpu.h"
 
 #include "base/err.h"
@@ -10,6 +11,8 @@ struct rows_job {
     const int32_t *targets;
     struct row_comparison *out;
 };
+
+/* --- comparing -------------------------------------------------------------------------------------------------- */
 
 /* The place of the greatest logit; the first of equals. */
 static int32_t top_of(const float *x, int64_t n)
@@ -87,4 +90,86 @@ int cpu_compare_rows(const struct backend *b, const struct mat *logits_a, const 
                          logits_b->cols == logits_a->cols)));
     struct rows_job j = {logits_a, logits_b, targets, out};
     return parallel_for(cpu_state(b)->pool, (size_t)logits_a->rows, rows_task, &j);
+}
+
+/* --- drawing ---------------------------------------------------------------------------------------------------- */
+
+struct draw_job {
+    const struct mat *logits;
+    float temperature;
+    uint64_t seed, step;
+    int32_t *out;
+};
+
+/* SplitMix64: the states are multiples of GAMMA from a start on, the outputs are their mix64. */
+#define GAMMA UINT64_C(0x9e3779b97f4a7c15)
+
+static inline uint64_t mix64(uint64_t x)
+{
+    x = (x ^ (x >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
+    x = (x ^ (x >> 27)) * UINT64_C(0x94d049bb133111eb);
+    return x ^ (x >> 31);
+}
+
+/* log1p and small v for large g: −log u with u near 1 would leave 2¹⁸ columns five bits to differ in. */
+static float gumbel(uint32_t h)
+{
+    const float v = fminf((float)h * 0x1p-32f + 0x1p-33f, 0x1.fffffep-1f);
+    return -logf(-log1pf(-v));
+}
+
+/* gumbel(h) is below it: −log(1 − v) > v ≥ 2^−(leading zeros + 1). It spares all but a few columns their logarithms. */
+static inline float gumbel_bound(uint32_t h)
+{
+    return (float)(h ? __builtin_clz(h) + 1 : 33) * 0.69314724f;
+}
+
+static int32_t draw(const float *x, int64_t n, float highest, float temperature, uint64_t start)
+{
+    float best = -INFINITY;
+    int32_t drawn = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t h = (uint32_t)(mix64(start + (uint64_t)i * GAMMA) >> 32);
+        const float scaled = (x[i] - highest) / temperature;
+        if (!(scaled + gumbel_bound(h) > best))
+            continue;
+        const float score = scaled + gumbel(h);
+        if (score > best) {
+            best = score;
+            drawn = (int32_t)i;
+        }
+    }
+    return drawn;
+}
+
+static bool has_nan(const float *x, int64_t n)
+{
+    int found = 0;
+    for (int64_t i = 0; i < n; i++)
+        found |= x[i] != x[i];
+    return found;
+}
+
+static int draw_task(void *ctx, size_t row, int worker)
+{
+    (void)worker;
+    const struct draw_job *j = ctx;
+    const int64_t n = j->logits->cols;
+    const float *x = (const float *)j->logits->data + (int64_t)row * j->logits->stride;
+    const int32_t top = top_of(x, n);
+    if (!isfinite(x[top]) || has_nan(x, n))
+        return err_set(ERR_FORMAT, "sample_rows: the logits of row %zu are not finite: damaged weights?",
+                       row);
+    const uint64_t start = mix64(mix64(j->seed + row) + j->step);
+    j->out[row] = j->temperature == 0 ? top : draw(x, n, x[top], j->temperature, start);
+    return 0;
+}
+
+int cpu_sample_rows(const struct backend *b, const struct mat *logits, float temperature, uint64_t seed,
+                    int64_t step, int32_t *out)
+{
+    CHECK(logits->dtype == DTYPE_F32 && logits->cols >= 1 && logits->cols <= INT32_MAX);
+    CHECK(temperature >= 0 && step >= 0);
+    struct draw_job j = {logits, temperature, seed, (uint64_t)step, out};
+    return parallel_for(cpu_state(b)->pool, (size_t)logits->rows, draw_task, &j);
 }

@@ -22,7 +22,8 @@ struct cuda_state {
     cudaStream_t stream;
     void *scratch;             /* CUDA_SCRATCH_BYTES, taken by the first operation that needs some */
     double *partials;          /* [REDUCE_BLOCKS, 2] */
-    struct products *products; /* gemm.cu's own: cuBLASLt and the algorithms it chose */
+    struct products *products; /* lt.cu's own: cuBLASLt and the algorithms it chose */
+    struct solver *solver;     /* hessian.cu's own: cuSOLVER and its workspace */
 };
 
 /* A panel of a dequantized weight, or the partial results of decode attention. */
@@ -43,6 +44,7 @@ extern "C" {
 int cuda_status(cudaError_t e, const char *op);
 int cuda_scratch(const struct backend *b, void **out);
 void cuda_products_close(struct products *p);
+void cuda_solver_close(const struct backend *b, struct solver *s);
 
 /* Operations, by file; cuda.cu puts them into the table. */
 int cuda_find_nonfinite(const struct backend *b, const struct mat *w, int64_t *index);
@@ -69,6 +71,8 @@ int cuda_geglu(const struct backend *b, const struct mat *gate, const struct mat
 int cuda_softcap(const struct backend *b, const struct mat *x, float cap);
 int cuda_compare_rows(const struct backend *b, const struct mat *logits_a, const struct mat *logits_b,
                       const int32_t *targets, struct row_comparison *out);
+int cuda_sample_rows(const struct backend *b, const struct mat *logits, float temperature, uint64_t seed,
+                     int64_t step, int32_t *out);
 int cuda_find_scales(const struct backend *b, const struct mat *w, const struct scale_spec *spec,
                      struct qmat *q);
 int cuda_quantize(const struct backend *b, const struct mat *w, struct qmat *q);

@@ -1,4 +1,4 @@
-/* Operations on matrices as such: values that are not finite, squared differences. */
+/* Operations on matrices as such: values that are not finite, zeros, sums over pairs of elements. */
 #include "kernels/cuda/common.cuh"
 
 enum { THREADS = 256 };
@@ -107,7 +107,19 @@ extern "C" int cuda_zero_nonfinite(const struct backend *b, const struct mat *w,
     return cuda_launched("zero_nonfinite");
 }
 
-/* --- squared differences ------------------------------------------------------------------------------------------ */
+/* Gaps between rows keep what they hold. */
+extern "C" int cuda_zero(const struct backend *b, const struct mat *m)
+{
+    const cudaStream_t stream = cuda_state(b)->stream;
+    const size_t size = dtype_bytes(m->dtype), width = (size_t)m->cols * size, rows = (size_t)m->rows;
+    if (width == 0 || rows == 0)
+        return 0;
+    if (m->stride == m->cols || rows == 1)
+        return cuda_status(cudaMemsetAsync(m->data, 0, rows * width, stream), "zero");
+    return cuda_status(cudaMemset2DAsync(m->data, (size_t)m->stride * size, 0, width, rows, stream), "zero");
+}
+
+/* --- sums over pairs of elements ---------------------------------------------------------------------------------- */
 
 struct pair {
     const void *x, *y;
@@ -139,7 +151,25 @@ static __global__ void squared_error_kernel(struct pair p, int64_t n, double *pa
     }
 }
 
-static __global__ void add_partials(const double *partials, int n, double *sums)
+/* As above, x·y and 0 in place of (x − y)² and x². */
+static __global__ void dot_kernel(struct pair p, int64_t n, double *partials)
+{
+    __shared__ double shared[THREADS / 32];
+    double sum = 0;
+    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * THREADS) {
+        const int64_t row = i / p.cols, col = i % p.cols;
+        sum += (double)load_as_float(p.x, p.x_type, row * p.x_stride + col) *
+               (double)load_as_float(p.y, p.y_type, row * p.y_stride + col);
+    }
+    sum = block_sum(sum, shared);
+    if (threadIdx.x == 0) {
+        partials[2 * blockIdx.x] = sum;
+        partials[2 * blockIdx.x + 1] = 0;
+    }
+}
+
+/* sums: the first n_sums of the two */
+static __global__ void add_partials(const double *partials, int n, double *sums, int n_sums)
 {
     __shared__ double shared[THREADS / 32];
     double error = 0, reference = 0;
@@ -151,7 +181,8 @@ static __global__ void add_partials(const double *partials, int n, double *sums)
     reference = block_sum(reference, shared);
     if (threadIdx.x == 0) {
         sums[0] = error;
-        sums[1] = reference;
+        if (n_sums > 1)
+            sums[1] = reference;
     }
 }
 
@@ -175,34 +206,48 @@ static __global__ void group_squared_error_kernel(struct pair p, int64_t n_group
     }
 }
 
-static int make_pair(const struct mat *x, const struct mat *y, struct pair *out)
+static int make_pair(const struct mat *x, const struct mat *y, const char *op, struct pair *out)
 {
     CHECK(x->rows == y->rows && x->cols == y->cols);
     *out = (struct pair){x->data, y->data, x->dtype, y->dtype, x->cols, x->stride, y->stride};
-    const int rc = cuda_check_float(x, "squared_error");
-    return rc ? rc : cuda_check_float(y, "squared_error");
+    const int rc = cuda_check_float(x, op);
+    return rc ? rc : cuda_check_float(y, op);
 }
 
 extern "C" int cuda_squared_error(const struct backend *b, const struct mat *x, const struct mat *y,
                                   double sums[2])
 {
     struct pair p;
-    const int rc = make_pair(x, y, &p);
+    const int rc = make_pair(x, y, "squared_error", &p);
     if (rc < 0)
         return rc;
     const struct cuda_state *s = cuda_state(b);
     const int64_t n = x->rows * x->cols;
     const int blocks = blocks_for(n);
     squared_error_kernel<<<blocks, THREADS, 0, s->stream>>>(p, n, s->partials);
-    add_partials<<<1, THREADS, 0, s->stream>>>(s->partials, blocks, sums);
+    add_partials<<<1, THREADS, 0, s->stream>>>(s->partials, blocks, sums, 2);
     return cuda_launched("squared_error");
+}
+
+extern "C" int cuda_dot(const struct backend *b, const struct mat *x, const struct mat *y, double *sum)
+{
+    struct pair p;
+    const int rc = make_pair(x, y, "dot", &p);
+    if (rc < 0)
+        return rc;
+    const struct cuda_state *s = cuda_state(b);
+    const int64_t n = x->rows * x->cols;
+    const int blocks = blocks_for(n);
+    dot_kernel<<<blocks, THREADS, 0, s->stream>>>(p, n, s->partials);
+    add_partials<<<1, THREADS, 0, s->stream>>>(s->partials, blocks, sum, 1);
+    return cuda_launched("dot");
 }
 
 extern "C" int cuda_group_squared_error(const struct backend *b, const struct mat *x, const struct mat *y,
                                         int64_t group, double *sums)
 {
     struct pair p;
-    const int rc = make_pair(x, y, &p);
+    const int rc = make_pair(x, y, "squared_error", &p);
     CHECK(group > 0);
     const int64_t per_row = (x->cols + group - 1) / group, n = x->rows * per_row;
     if (rc < 0 || n == 0)

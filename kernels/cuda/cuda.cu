@@ -233,6 +233,7 @@ static struct core_ops make_core_ops(void)
     o.geglu = cuda_geglu;
     o.softcap = cuda_softcap;
     o.compare_rows = cuda_compare_rows;
+    o.sample_rows = cuda_sample_rows;
     return o;
 }
 
@@ -301,6 +302,7 @@ extern "C" void cuda_close(struct backend *b)
     if (s->stream)
         cudaStreamSynchronize(s->stream);
     cuda_products_close(s->products);
+    cuda_solver_close(b, s->solver);
     struct buf scratch = {s->scratch, CUDA_SCRATCH_BYTES};
     release(b, &scratch);
     cudaFree(s->partials);

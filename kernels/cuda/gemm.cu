@@ -1,15 +1,8 @@
 /* out = x·wᵀ in BF16 with FP32 accumulation. Many rows of x: cuBLASLt; weights that are not BF16 become it in scratch
  * memory, a panel of rows at a time. Few rows (decode): the weight, BF16 or in codes, is streamed once by a kernel of
- * ours, because cuBLASLt's algorithms that add in a fixed order reach a quarter of the memory's rate there. */
-#include "kernels/cuda/common.cuh"
-
-extern "C" {
-#include "base/mem.h"
-}
-
-#include <cublasLt.h>
-#include <stdlib.h>
-#include <string.h>
+ * ours, because cuBLASLt's algorithms that add in a fixed order reach a quarter of the memory's rate there. Products of
+ * FP32 matrices become one BF16 product of their parts. */
+#include "kernels/cuda/lt.cuh"
 
 typedef __nv_bfloat16 bf16;
 
@@ -17,208 +10,14 @@ enum {
     THREADS = 256,
     FEW_ROWS = 8,      /* up to this many rows of x are multiplied by streaming codes, … */
     FEW_ROWS_BF16 = 4, /* … this many by streaming a BF16 weight */
-    MAX_PLANS = 256,
+    DEPTH = 4096,      /* columns of x that matmul takes at a time, at most */
 };
-
-static const size_t WORKSPACE_BYTES = (size_t)32 << 20, PANEL_BYTES = CUDA_SCRATCH_BYTES - WORKSPACE_BYTES;
-
-/* --- cuBLASLt ----------------------------------------------------------------------------------------------------- */
-
-/* What the choice of an algorithm may depend on; no padding, so that it can be compared as bytes. */
-struct shape {
-    int64_t n, rows, cols, x_stride, w_stride, out_stride;
-    int32_t out_type, x_align, w_align, out_align;
-};
-
-struct plan {
-    struct shape shape;
-    cublasLtMatmulAlgo_t algo;
-};
-
-struct products {
-    cublasLtHandle_t lt;
-    cublasLtMatmulDesc_t desc;
-    struct plan *plans; /* [MAX_PLANS], of which n are filled; then the oldest gives way */
-    int n, next;
-};
-
-static int blas_status(cublasStatus_t e, const char *op)
-{
-    return e == CUBLAS_STATUS_SUCCESS
-               ? 0
-               : err_set(ERR_UNSUPPORTED, "%s: cuBLAS: %s", op, cublasLtGetStatusString(e));
-}
-
-extern "C" void cuda_products_close(struct products *p)
-{
-    if (!p)
-        return;
-    if (p->desc)
-        cublasLtMatmulDescDestroy(p->desc);
-    if (p->lt)
-        cublasLtDestroy(p->lt);
-    free(p->plans);
-    free(p);
-}
-
-/* Row-major x·wᵀ is, read by columns, out = wᵀ·x: the weight is transposed, x is not. */
-static int open_products(struct products *p)
-{
-    const cublasOperation_t t = CUBLAS_OP_T;
-    p->plans = (struct plan *)mem_alloc(MAX_PLANS, sizeof *p->plans, "products");
-    if (!p->plans)
-        return ERR_MEMORY;
-    int rc = blas_status(cublasLtCreate(&p->lt), "gemm");
-    if (!rc)
-        rc = blas_status(cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F), "gemm");
-    if (!rc)
-        rc = blas_status(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSA, &t, sizeof t),
-                         "gemm");
-    return rc;
-}
-
-static int get_products(const struct backend *b, struct products **out)
-{
-    struct cuda_state *s = cuda_state(b);
-    int rc = 0;
-    if (!s->products) {
-        struct products *p = (struct products *)mem_alloc(1, sizeof *p, "products");
-        rc = p ? open_products(p) : ERR_MEMORY;
-        if (rc < 0)
-            cuda_products_close(p);
-        else
-            s->products = p;
-    }
-    *out = s->products;
-    return rc;
-}
-
-struct layouts {
-    cublasLtMatrixLayout_t w, x, out;
-};
-
-static void close_layouts(struct layouts *l)
-{
-    if (l->w)
-        cublasLtMatrixLayoutDestroy(l->w);
-    if (l->x)
-        cublasLtMatrixLayoutDestroy(l->x);
-    if (l->out)
-        cublasLtMatrixLayoutDestroy(l->out);
-}
-
-static int open_layouts(struct layouts *l, const struct shape *s)
-{
-    *l = (struct layouts){};
-    int rc =
-        blas_status(cublasLtMatrixLayoutCreate(&l->w, CUDA_R_16BF, s->cols, s->rows, s->w_stride), "gemm");
-    if (!rc)
-        rc = blas_status(cublasLtMatrixLayoutCreate(&l->x, CUDA_R_16BF, s->cols, s->n, s->x_stride), "gemm");
-    if (!rc)
-        rc = blas_status(
-            cublasLtMatrixLayoutCreate(&l->out, (cudaDataType_t)s->out_type, s->rows, s->n, s->out_stride),
-            "gemm");
-    return rc;
-}
-
-/* The library's first choice among algorithms that add in a fixed order: no sums by atomics, none split over blocks. */
-static int choose(struct products *p, const struct shape *s, const struct layouts *l,
-                  cublasLtMatmulAlgo_t *algo)
-{
-    cublasLtMatmulPreference_t pref = NULL;
-    cublasLtMatmulHeuristicResult_t result;
-    const uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_NONE, w = s->w_align, x = s->x_align,
-                   out = s->out_align;
-    const struct {
-        cublasLtMatmulPreferenceAttributes_t name;
-        const void *value;
-        size_t bytes;
-    } settings[] = {
-        {CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &WORKSPACE_BYTES, sizeof WORKSPACE_BYTES},
-        {CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes, sizeof schemes},
-        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &w, sizeof w},
-        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &x, sizeof x},
-        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &out, sizeof out},
-        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &out, sizeof out},
-    };
-    int n = 0, rc = blas_status(cublasLtMatmulPreferenceCreate(&pref), "gemm");
-    for (size_t i = 0; !rc && i < sizeof settings / sizeof *settings; i++)
-        rc = blas_status(cublasLtMatmulPreferenceSetAttribute(pref, settings[i].name, settings[i].value,
-                                                              settings[i].bytes),
-                         "gemm");
-    if (!rc)
-        rc = blas_status(
-            cublasLtMatmulAlgoGetHeuristic(p->lt, p->desc, l->w, l->x, l->out, l->out, pref, 1, &result, &n),
-            "gemm");
-    if (!rc && n == 0)
-        rc = err_set(ERR_UNSUPPORTED, "gemm: cuBLAS has no algorithm for [%lld, %lld] · [%lld, %lld]ᵀ",
-                     (long long)s->n, (long long)s->cols, (long long)s->rows, (long long)s->cols);
-    if (!rc)
-        *algo = result.algo;
-    if (pref)
-        cublasLtMatmulPreferenceDestroy(pref);
-    return rc;
-}
-
-static int find_plan(struct products *p, const struct shape *s, const struct layouts *l,
-                     const cublasLtMatmulAlgo_t **out)
-{
-    for (int i = 0; i < p->n; i++)
-        if (!memcmp(&p->plans[i].shape, s, sizeof *s)) {
-            *out = &p->plans[i].algo;
-            return 0;
-        }
-    struct plan *plan = &p->plans[p->next];
-    const int rc = choose(p, s, l, &plan->algo);
-    if (rc < 0)
-        return rc;
-    plan->shape = *s;
-    p->next = (p->next + 1) % MAX_PLANS;
-    p->n = p->n < MAX_PLANS ? p->n + 1 : MAX_PLANS;
-    *out = &plan->algo;
-    return 0;
-}
-
-/* The greatest power of two, at most 256, that every row's address is a multiple of. */
-static int32_t alignment(const struct mat *m)
-{
-    const uintptr_t bits = (uintptr_t)m->data | (uintptr_t)m->stride * dtype_bytes(m->dtype) | 256;
-    return (int32_t)(bits & -bits);
-}
 
 /* w: BF16. */
 static int multiply(const struct backend *b, const struct mat *x, const struct mat *w, const struct mat *out)
 {
-    struct products *p;
-    void *scratch;
-    int rc = get_products(b, &p);
-    if (!rc)
-        rc = cuda_scratch(b, &scratch);
-    if (rc < 0)
-        return rc;
-    const struct shape s = {x->rows,
-                            w->rows,
-                            x->cols,
-                            x->stride,
-                            w->stride,
-                            out->stride,
-                            out->dtype == DTYPE_F32 ? CUDA_R_32F : CUDA_R_16BF,
-                            alignment(x),
-                            alignment(w),
-                            alignment(out)};
-    struct layouts l;
-    const cublasLtMatmulAlgo_t *algo;
-    const float one = 1, zero = 0;
-    rc = open_layouts(&l, &s);
-    if (!rc)
-        rc = find_plan(p, &s, &l, &algo);
-    if (!rc)
-        rc = blas_status(cublasLtMatmul(p->lt, p->desc, &one, w->data, l.w, x->data, l.x, &zero, out->data,
-                                        l.out, out->data, l.out, algo, (char *)scratch + PANEL_BYTES,
-                                        WORKSPACE_BYTES, cuda_state(b)->stream),
-                         "gemm");
-    close_layouts(&l);
-    return rc;
+    const struct lt_product p = {*x, *w, *out, false, true, false, 1};
+    return lt_multiply(b, &p, "gemm");
 }
 
 /* --- panels ------------------------------------------------------------------------------------------------------- */
@@ -237,7 +36,7 @@ static int multiply_panels(const struct backend *b, const struct mat *x, const s
                            const struct qmat *q, const struct mat *out)
 {
     const int64_t cols = x->cols, rows = out->cols;
-    const int64_t padded = (cols + 7) / 8 * 8, fitting = (int64_t)(PANEL_BYTES / sizeof(bf16)) / padded;
+    const int64_t padded = (cols + 7) / 8 * 8, fitting = (int64_t)(OPERAND_BYTES / sizeof(bf16)) / padded;
     void *scratch;
     int rc = cuda_scratch(b, &scratch);
     if (!rc && fitting < 1)
@@ -387,6 +186,145 @@ static int stream(const struct backend *b, const struct mat *x, const struct mat
     return cuda_launched(w ? "gemm" : "q_gemm");
 }
 
+/* --- FP32 operands ------------------------------------------------------------------------------------------------ */
+
+/* matmul: an FP32 value is high + low, each BF16, to 2⁻¹⁷ of it; operands made of such parts side by side give x·m in one
+ * BF16 product:
+ *     x exact in BF16: [x, x] · [high; low] of m          else: [high, high, low] of x · [high; low; high] of m */
+struct split {
+    const void *from; /* [rows, cols] */
+    bf16 *to;         /* [to_rows, to_cols], once for each part, with zeros beyond what `from` has */
+    int64_t rows, cols, stride, to_rows, to_cols, to_stride;
+    int64_t part; /* elements from a part to the next */
+    int parts, low_part;
+    bool aligned; /* `from`, to pieces of eight elements */
+};
+
+template <typename T> struct alignas(8 * sizeof(T) < 16 ? 8 * sizeof(T) : 16) eight {
+    T e[8];
+};
+
+static __device__ __forceinline__ float to_float(int8_t x)
+{
+    return (float)x;
+}
+
+/* A thread takes eight columns of a row at a time. to_cols, to_stride and part are multiples of 8. */
+template <typename T> static __global__ void __launch_bounds__(THREADS) split_kernel(struct split s)
+{
+    const int64_t pieces = s.to_cols / 8, step = (int64_t)gridDim.x * THREADS;
+    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < s.to_rows * pieces; i += step) {
+        const int64_t row = i / pieces, col = i % pieces * 8;
+        const T *from = (const T *)s.from + row * s.stride + col;
+        float v[8] = {};
+        if (s.aligned && row < s.rows && col + 8 <= s.cols) {
+            const eight<T> piece = *(const eight<T> *)from;
+#pragma unroll
+            for (int k = 0; k < 8; k++)
+                v[k] = to_float(piece.e[k]);
+        } else if (row < s.rows) {
+#pragma unroll
+            for (int k = 0; k < 8; k++)
+                v[k] = col + k < s.cols ? to_float(from[k]) : 0;
+        }
+        eight<bf16> high, low;
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            high.e[k] = __float2bfloat16_rn(v[k]);
+            low.e[k] = __float2bfloat16_rn(v[k] - __bfloat162float(high.e[k]));
+        }
+        bf16 *to = s.to + row * s.to_stride + col;
+        for (int p = 0; p < s.parts; p++, to += s.part)
+            *(eight<bf16> *)to = p == s.low_part ? low : high;
+    }
+}
+
+static int64_t ceil_to(int64_t n, int64_t multiple)
+{
+    return (n + multiple - 1) / multiple * multiple;
+}
+
+/* s has its target already. */
+static int split(const struct backend *b, const struct mat *from, struct split s)
+{
+    s.from = from->data;
+    s.rows = from->rows;
+    s.cols = from->cols;
+    s.stride = from->stride;
+    const uintptr_t size = dtype_bytes(from->dtype), piece = size == 1 ? 8 : 16;
+    s.aligned = (uintptr_t)from->data % piece == 0 && (uintptr_t)from->stride * size % piece == 0;
+    const int64_t blocks = ceil_to(s.to_rows * s.to_cols / 8, THREADS) / THREADS;
+    void (*const kernel)(struct split) = from->dtype == DTYPE_F32    ? split_kernel<float>
+                                         : from->dtype == DTYPE_F16  ? split_kernel<__half>
+                                         : from->dtype == DTYPE_BF16 ? split_kernel<bf16>
+                                                                     : split_kernel<int8_t>;
+    kernel<<<(unsigned)(blocks < 8192 ? blocks : 8192), THREADS, 0, cuda_state(b)->stream>>>(s);
+    return cuda_launched("matmul");
+}
+
+/* How much is multiplied at a time. Columns of x go in turns, each added to out and rounded to nearest: tensor cores cut
+ * their sums off, and the longer a sum, the more it loses. A turn costs a pass over out, so there are no more of them than
+ * DEPTH asks for, unless m's parts would take more than half the memory. */
+struct turns {
+    int parts;
+    int64_t k, n;   /* columns of x, rows of x */
+    int64_t m_cols; /* padded to whole pieces */
+};
+
+/* `total` in equal turns of at most `most`, each a multiple of the greatest of `multiple` and 8 that fits. */
+static int64_t turn_of(int64_t total, int64_t most, int64_t multiple)
+{
+    const int64_t unit = most >= multiple ? multiple : 8,
+                  n = (total + most / unit * unit - 1) / (most / unit * unit);
+    return ceil_to((total + n - 1) / n, unit);
+}
+
+static int plan_turns(const struct mat *x, int64_t cols, struct turns *t)
+{
+    const int64_t elements = OPERAND_BYTES / sizeof(bf16);
+    t->parts = x->dtype == DTYPE_BF16 || x->dtype == DTYPE_I8 ? 2 : 3;
+    t->m_cols = ceil_to(cols, 8);
+    const int64_t most_k = elements / 2 / (t->parts * t->m_cols);
+    if (most_k < 8)
+        return err_set(ERR_UNSUPPORTED, "matmul: %lld columns are too many", (long long)cols);
+    t->k = turn_of(x->cols, most_k < DEPTH ? most_k : (int64_t)DEPTH, 64);
+    const int64_t left = elements - t->parts * t->k * t->m_cols;
+    t->n = turn_of(x->rows, left / (t->parts * t->k), 128);
+    return 0;
+}
+
+/* p: of the columns of x that are next. */
+static int multiply_turn(const struct backend *b, const struct turns *t, const struct lt_product *p,
+                         bf16 *scratch)
+{
+    const int64_t k = ceil_to(p->x.cols, 8), wide = t->parts * k, m_elements = wide * t->m_cols;
+    struct split s = {};
+    s.to = scratch;
+    s.to_rows = k;
+    s.to_cols = s.to_stride = t->m_cols;
+    s.part = k * t->m_cols;
+    s.parts = t->parts;
+    s.low_part = 1;
+    int rc = split(b, &p->y, s);
+    for (int64_t r = 0; !rc && r < p->x.rows; r += t->n) {
+        const int64_t n = p->x.rows - r < t->n ? p->x.rows - r : t->n;
+        const struct mat x = mat_rows(&p->x, r, n);
+        s.to = scratch + m_elements;
+        s.to_rows = n;
+        s.to_cols = s.part = k;
+        s.to_stride = wide;
+        s.low_part = 2; /* of two there is none */
+        rc = split(b, &x, s);
+        struct lt_product part = *p;
+        part.x = (struct mat){s.to, DTYPE_BF16, n, wide, wide};
+        part.y = (struct mat){scratch, DTYPE_BF16, wide, p->y.cols, t->m_cols};
+        part.out = mat_rows(&p->out, r, n);
+        if (!rc)
+            rc = lt_multiply(b, &part, "matmul");
+    }
+    return rc;
+}
+
 /* --- the operations ----------------------------------------------------------------------------------------------- */
 
 static int check_product(const struct mat *x, const struct mat *out, int64_t rows, int64_t cols)
@@ -424,4 +362,26 @@ extern "C" int cuda_q_gemm(const struct backend *b, const struct mat *x, const s
     /* a group must not begin inside a piece */
     const bool few = x->rows <= FEW_ROWS && rows_in_pieces(x) && (w->group % 8 == 0 || w->group >= w->cols);
     return few ? stream(b, x, NULL, w, out) : multiply_panels(b, x, NULL, w, out);
+}
+
+extern "C" int cuda_matmul(const struct backend *b, float alpha, const struct mat *x, const struct mat *m,
+                           bool add, const struct mat *out)
+{
+    CHECK(x->rows == out->rows && x->cols == m->rows && m->cols == out->cols && x->cols > 0);
+    CHECK(m->dtype == DTYPE_F32 && out->dtype == DTYPE_F32);
+    struct turns t = {};
+    void *scratch;
+    int rc = x->dtype == DTYPE_I8 ? 0 : cuda_check_float(x, "matmul");
+    if (rc < 0 || out->rows == 0 || out->cols == 0)
+        return rc;
+    rc = plan_turns(x, m->cols, &t);
+    if (!rc)
+        rc = cuda_scratch(b, &scratch);
+    for (int64_t k = 0; !rc && k < x->cols; k += t.k) {
+        const int64_t n = x->cols - k < t.k ? x->cols - k : t.k;
+        const struct lt_product p = {
+            mat_cols(x, k, n), mat_rows(m, k, n), *out, false, false, add || k > 0, alpha};
+        rc = multiply_turn(b, &t, &p, (bf16 *)scratch);
+    }
+    return rc;
 }

@@ -1,49 +1,9 @@
 /* Weights to 4 or 8 bits and back. Every number that decides a code or a scale is computed as kernels/cpu/quant.c
  * computes it, step by step and in the same order of summation, so that both give the same bytes; this file is compiled
  * without contraction into fused multiply-adds. 16 threads take a group and hold it as the CPU's 16 lanes do. */
-#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/quant.cuh"
 
-enum { THREADS = 256, LANES = 16 };
-
-struct code_range {
-    float low, high; /* −2^(bits−1), 2^(bits−1) − 1 */
-};
-
-static __host__ __device__ __forceinline__ struct code_range code_range(int bits)
-{
-    const float half = (float)(1 << (bits - 1));
-    return (struct code_range){-half, half - 1};
-}
-
-/* The CPU's vmin and vmax: what they make of NaNs is theirs too. */
-static __device__ __forceinline__ float lesser(float a, float b)
-{
-    return a < b ? a : b;
-}
-static __device__ __forceinline__ float greater(float a, float b)
-{
-    return a > b ? a : b;
-}
-
-/* Adding 1.5·2^23 leaves the nearest integer (ties to even) in the low bits; exact for |x| < 2^22. */
-static __device__ const float ROUND_MAGIC = 12582912.0f;
-static __device__ const int32_t ROUND_MAGIC_BITS = 0x4b400000;
-
-static __device__ __forceinline__ float round_bf16(float f)
-{
-    const uint32_t u = __float_as_uint(f);
-    const uint32_t h = (u & 0x7fffffff) > 0x7f800000 ? (u >> 16 | 0x40) : (u + 0x7fff + (u >> 16 & 1)) >> 16;
-    return __uint_as_float(h << 16);
-}
-
-/* A scale as it is stored: BF16, never zero and never subnormal; BF16's machine epsilon for an all-zero group. */
-static __device__ float storable_scale(float s)
-{
-    if (s == 0)
-        return 0.0078125f;
-    s = round_bf16(s);
-    return fabsf(s) < FLT_MIN ? copysignf(FLT_MIN, s) : s;
-}
+enum { THREADS = 256 };
 
 /* --- scales ------------------------------------------------------------------------------------------------------- */
 
@@ -62,10 +22,6 @@ template <typename F> static __device__ __forceinline__ void for_lane(const stru
     for (int64_t i = g.lane; i < (g.n + LANES - 1) / LANES * LANES; i += LANES)
         f(i < g.n ? load_as_float(g.w, g.dtype, g.at + i) : 0.0f);
 }
-
-struct extremes {
-    float low, high; /* least and greatest weight, 0 included */
-};
 
 static __device__ struct extremes group_extremes(const struct group &g)
 {
@@ -95,21 +51,11 @@ static __device__ float group_error(const struct group &g, float scale, float ze
     return sum;
 }
 
-struct choice {
-    float scale, zero;
-};
-
 static __device__ struct choice plain_choice(struct extremes e, struct scale_spec spec, struct code_range r,
                                              bool symmetric, float shrink)
 {
-    if (!symmetric) {
-        const float width = e.high - e.low, steps = r.high - r.low;
-        const float step =
-            width <= FLT_MAX ? width * shrink / steps : e.high * shrink / steps - e.low * shrink / steps;
-        const float scale = storable_scale(step);
-        const float zero = rintf(r.low - e.low * shrink / scale);
-        return (struct choice){scale, fminf(fmaxf(zero, r.low), r.high)};
-    }
+    if (!symmetric)
+        return whole_range(e, r, shrink);
     const float half_step = r.high + 0.5f;
     if (spec.rule == SCALE_ABSMAX)
         return (struct choice){storable_scale(fmaxf(-e.low, e.high) * shrink / half_step), 0};
@@ -184,19 +130,6 @@ static __global__ void find_scales_kernel(struct scales_job j)
         j.zeros[row * j.zeros_stride + part] = (int8_t)c.zero;
 }
 
-static int check_qmat(const struct qmat *q, const char *op)
-{
-    if (q->bits != 4 && q->bits != 8)
-        return err_set(ERR_UNSUPPORTED, "%s: %d bits, expected 4 or 8", op, q->bits);
-    CHECK(q->group > 0 && q->scales.dtype == DTYPE_BF16);
-    if (q->group % LANES && q->group < q->cols)
-        return err_set(ERR_UNSUPPORTED, "%s: groups of %d columns, expected a multiple of %d or whole rows",
-                       op, (int)q->group, LANES);
-    CHECK(q->scales.cols == (q->cols + q->group - 1) / q->group);
-    CHECK(!q->zeros.data || (q->zeros.dtype == DTYPE_I8 && q->zeros.cols == q->scales.cols));
-    return 0;
-}
-
 static unsigned blocks_for(int64_t n)
 {
     return (unsigned)((n + THREADS - 1) / THREADS);
@@ -254,10 +187,6 @@ static struct codes codes_of(const struct qmat *q)
                           q->zeros.stride,
                           q->bits};
 }
-
-struct group_scale {
-    float scale, zero;
-};
 
 /* All columns of a word are in one group: groups are multiples of 16 columns. */
 static __device__ __forceinline__ struct group_scale scale_of(const struct codes &q, int64_t row, int64_t col)

@@ -85,12 +85,33 @@ static void test_names(void **state)
     assert_ok(documents_read(&d, path, CHAT_GEMMA3));
     assert_int_equal(d.n, 0);
     documents_free(&d);
+}
+
+/* The mixture that ships with gemcut: many documents of moderate size, conversations among them, in every stretch of
+ * the file, and nothing of the text that models are judged on. */
+static void test_builtin(void **state)
+{
+    (void)state;
+    struct documents d;
     assert_ok(documents_read(&d, "builtin", CHAT_GEMMA3));
-    size_t len;
+    assert_true(d.n >= 1000);
+    size_t bytes = 0, chats = 0, foreign = 0, len;
+    for (size_t i = 0; i < d.n; i++) {
+        assert_in_range(d.list[i].len, 100, 20000);
+        bytes += d.list[i].len;
+        chats += d.list[i].is_chat;
+        foreign += (uint8_t)d.list[i].text[0] >= 0xc3; /* begins with a letter beyond ASCII */
+        if ((i + 1) % 200 == 0) {
+            assert_in_range(chats, 5, 40);
+            assert_in_range(foreign, 20, 100);
+            chats = foreign = 0;
+        }
+    }
+    assert_in_range(bytes, 4500000, 6000000);
     const char *prose = builtin_prose(&len);
-    assert_int_equal(d.n, 1);
-    assert_int_equal(d.list[0].len, len);
-    assert_memory_equal(d.list[0].text, prose, len);
+    for (size_t at = 0; at + 80 <= len; at += 2000)
+        for (size_t i = 0; i < d.n; i++)
+            assert_null(memmem(d.list[i].text, d.list[i].len, prose + at, 80));
     documents_free(&d);
 }
 
@@ -450,13 +471,21 @@ static void test_no_chat_format(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_txt),        cmocka_unit_test(test_names),
-        cmocka_unit_test(test_jsonl),      cmocka_unit_test(test_bad_lines),
-        cmocka_unit_test(test_chat),       cmocka_unit_test(test_zst),
-        cmocka_unit_test(test_zst_blocks), cmocka_unit_test(test_damaged_zst),
-        cmocka_unit_test(test_packing),    cmocka_unit_test(test_too_little),
-        cmocka_unit_test(test_vocabulary), cmocka_unit_test(test_chat_ids),
-        cmocka_unit_test(test_shuffle),    cmocka_unit_test(test_no_chat_format),
+        cmocka_unit_test(test_txt),
+        cmocka_unit_test(test_names),
+        cmocka_unit_test(test_builtin),
+        cmocka_unit_test(test_jsonl),
+        cmocka_unit_test(test_bad_lines),
+        cmocka_unit_test(test_chat),
+        cmocka_unit_test(test_zst),
+        cmocka_unit_test(test_zst_blocks),
+        cmocka_unit_test(test_damaged_zst),
+        cmocka_unit_test(test_packing),
+        cmocka_unit_test(test_too_little),
+        cmocka_unit_test(test_vocabulary),
+        cmocka_unit_test(test_chat_ids),
+        cmocka_unit_test(test_shuffle),
+        cmocka_unit_test(test_no_chat_format),
     };
     return cmocka_run_group_tests(tests, support_make_folder, support_remove_folder);
 }

@@ -127,10 +127,9 @@ static void test_locked_partial(void **state)
     assert_false(file_exists(cutting_partial(o.out)));
 }
 
-static void kill_here(void *ctx, const char *name, double error)
+static void kill_here(void *ctx, const struct cut_linear *linear)
 {
-    (void)name;
-    (void)error;
+    (void)linear;
     if (--*(int *)ctx == 0)
         kill(getpid(), SIGKILL);
 }
@@ -190,11 +189,10 @@ static void test_killed_overwriting(void **state)
     assert_false(file_exists(cutting_partial(o.out)));
 }
 
-static void interrupt_here(void *ctx, const char *name, double error)
+static void interrupt_here(void *ctx, const struct cut_linear *linear)
 {
     (void)ctx;
-    (void)name;
-    (void)error;
+    (void)linear;
     err_request_interrupt();
 }
 

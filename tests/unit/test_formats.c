@@ -145,7 +145,7 @@ static void write_checkpoint(const char *folder, uint64_t shard_bytes, size_t *n
     for (size_t i = 0; i < N_OF(written); i++)
         assert_ok(writer_add(w, written[i].name, written[i].module, written[i].dtype, written[i].n_dims,
                              written[i].shape, &ids[i]));
-    assert_ok(writer_begin(w));
+    assert_ok(writer_begin(w, false));
     for (size_t i = 0; i < N_OF(written); i++) {
         uint8_t data[1024];
         uint64_t n = dtype_bytes(written[i].dtype);
@@ -218,7 +218,7 @@ static void test_hashes(void **state)
     assert_ok(writer_add(w, "large", "large", DTYPE_BF16, 2, shape, &id));
     /* smaller than all others, with the largest piece: buffers are for the largest need, not for the last one */
     assert_ok(writer_add(w, "small", "small", DTYPE_U8, 1, (int64_t[]){3}, &small));
-    assert_ok(writer_begin(w));
+    assert_ok(writer_begin(w, false));
     uint16_t *data = malloc(6000000);
     assert_non_null(data);
     for (size_t i = 0; i < 3000000; i++)

@@ -77,7 +77,7 @@ void tiny_gemma_write(const struct tiny_gemma *g, const char *folder)
     for (size_t i = 0; i < tensors.n; i++)
         assert_ok(writer_add(w, tensors.list[i].name, tensors.list[i].name, g->dtype, tensors.list[i].n_dims,
                              tensors.list[i].shape, &ids[i]));
-    assert_ok(writer_begin(w));
+    assert_ok(writer_begin(w, false));
     for (size_t i = 0; i < tensors.n; i++)
         write_tensor(g, w, ids[i], &tensors.list[i], &seed);
     assert_ok(writer_index(w));

@@ -1,0 +1,246 @@
+/* A calibrated run that is killed anywhere and resumed ends in the same bytes; what does not belong together is not
+ * put together. */
+#include "base/file.h"
+#include "quantize/journal.h"
+#include "tests/unit/cutting.h"
+#include "tests/unit/support.h"
+
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+enum { SAMPLES = 4, LENGTH = 24, N_LINEARS = 14 };
+
+static struct dataset data = {.samples = SAMPLES, .length = LENGTH};
+
+static int make_data(void **state)
+{
+    (void)state;
+    static int32_t ids[SAMPLES * LENGTH];
+    for (int i = 0; i < SAMPLES * LENGTH; i++)
+        ids[i] = i % LENGTH ? (i * 7919 + 13) % (int32_t)tiny_gemma_plain.vocab : 2;
+    data.ids = ids;
+    return support_make_folder(state);
+}
+
+static struct cut_options options(const char *out)
+{
+    struct cut_options o = cutting_options(cutting_model("plain", &tiny_gemma_plain), out);
+    o.recipe.method = "gptq";
+    o.recipe.scheme = (struct quant_scheme){4, false, 32}; /* with zero points: they are packed */
+    o.recipe.scales.rule = SCALE_BLOCK;
+    o.recipe.calibrated = true;
+    o.recipe.damping = 0.01;
+    o.recipe.rounds = o.recipe.passes = 1;
+    o.recipe.calib.text = "made up";
+    o.data = &data;
+    return o;
+}
+
+static const char *reference(void)
+{
+    const char *out = support_path("reference");
+    if (!file_exists(out)) {
+        const struct cut_options o = options(out);
+        assert_ok(cutting_run(&o, &cutting_silent));
+    }
+    return out;
+}
+
+/* --- dying ------------------------------------------------------------------------------------------------------ */
+
+static void kill_here(void *ctx, const struct cut_linear *linear)
+{
+    (void)linear;
+    if (--*(int *)ctx == 0)
+        kill(getpid(), SIGKILL);
+}
+
+static void kill_at_check(void *ctx, enum cut_stage stage, uint64_t total)
+{
+    (void)ctx;
+    (void)total;
+    if (stage == CUT_CHECK)
+        kill(getpid(), SIGKILL);
+}
+
+static void run_killed(const struct cut_options *o, const struct cut_events *events)
+{
+    fflush(NULL);
+    const pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        cutting_run(o, events);
+        _exit(0);
+    }
+    int status;
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_true(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
+}
+
+/* Killed as the n-th linear is told of, when it is not in the journal yet. */
+static void kill_after(struct cut_options o, int n)
+{
+    run_killed(&o, &(struct cut_events){.on_linear = kill_here, .ctx = &n});
+    assert_false(file_exists(o.out));
+}
+
+static size_t resume(struct cut_options o)
+{
+    struct cut *c;
+    o.resume = true;
+    assert_ok(cut_open(&c, &o));
+    assert_ok(cut_run(c, &cutting_silent));
+    const size_t n = cut_recalled(c);
+    cut_close(c);
+    cutting_check_same(o.out, reference());
+    assert_false(file_exists(cutting_partial(o.out)));
+    return n;
+}
+
+static void test_killed_anywhere(void **state)
+{
+    (void)state;
+    for (int n = 1; n <= N_LINEARS; n++) {
+        const struct cut_options o = options(support_path("killed-%d", n));
+        kill_after(o, n);
+        /* q, k and v are one set: it counts when all of it was noted */
+        const size_t recalled = resume(o), noted = (size_t)n - 1;
+        assert_true(recalled <= noted && recalled + 2 >= noted);
+    }
+}
+
+static void test_killed_again(void **state)
+{
+    (void)state;
+    struct cut_options o = options(support_path("again"));
+    kill_after(o, 4);
+    o.resume = true;
+    kill_after(o, 9);
+    run_killed(&o, &(struct cut_events){.on_stage = kill_at_check});
+    assert_int_equal(resume(o), N_LINEARS);
+}
+
+/* --- what does not fit ------------------------------------------------------------------------------------------ */
+
+/* Turns over one byte of a file, counted from its end. */
+static void damage(const char *path, size_t from_end)
+{
+    size_t n;
+    char *text = support_read(path, &n);
+    assert_true(from_end < n);
+    text[n - 1 - from_end] ^= 1;
+    support_write(path, text, n);
+    free(text);
+}
+
+static void test_damaged_codes(void **state)
+{
+    (void)state;
+    const struct cut_options o = options(support_path("codes"));
+    kill_after(o, N_LINEARS);
+    size_t n;
+    const char *path = support_path("codes.partial/model.safetensors");
+    free(support_read(path, &n));
+    for (size_t at = 0; at < n; at += n / 7 + 1) /* in whatever tensors those lie */
+        damage(path, at);
+    resume(o);
+}
+
+static void test_torn_journal(void **state)
+{
+    (void)state;
+    for (size_t cut = 1; cut < 2000; cut += 311) {
+        const struct cut_options o = options(support_path("torn-%zu", cut));
+        kill_after(o, 8);
+        const char *path = support_path("torn-%zu.partial/%s", cut, JOURNAL_NAME);
+        size_t n;
+        char *text = support_read(path, &n);
+        assert_true(n > cut);
+        support_write(path, text, n - cut);
+        free(text);
+        resume(o);
+    }
+}
+
+static void check_refused(struct cut_options o, const char *message)
+{
+    o.resume = true;
+    assert_error(cutting_run(&o, &cutting_silent), ERR_USAGE, message);
+    assert_true(file_exists(support_path("other.partial/%s", JOURNAL_NAME)));
+}
+
+static void test_other_request(void **state)
+{
+    (void)state;
+    const struct cut_options o = options(support_path("other"));
+    kill_after(o, 5);
+    struct cut_options changed = o;
+    changed.recipe.damping = 0.02;
+    check_refused(changed, "another recipe");
+    changed = o;
+    changed.version = "0.0";
+    check_refused(changed, "another version");
+    changed = o;
+    struct dataset fewer = data;
+    fewer.samples--;
+    changed.data = &fewer;
+    check_refused(changed, "another calibration text");
+    changed = o;
+    changed.shard_bytes = 1 << 20;
+    check_refused(changed, "another recipe");
+    resume(o);
+}
+
+/* Without --resume a run begins anew. */
+static void test_anew(void **state)
+{
+    (void)state;
+    const struct cut_options o = options(support_path("anew"));
+    kill_after(o, 5);
+    assert_ok(cutting_run(&o, &cutting_silent));
+    cutting_check_same(o.out, reference());
+}
+
+/* With --resume and nothing there, too. */
+static void test_nothing_to_resume(void **state)
+{
+    (void)state;
+    assert_int_equal(resume(options(support_path("nothing"))), 0);
+}
+
+static void interrupt_here(void *ctx, const struct cut_linear *linear)
+{
+    (void)linear;
+    if (--*(int *)ctx == 0)
+        err_request_interrupt();
+}
+
+static void test_interrupted(void **state)
+{
+    (void)state;
+    const struct cut_options o = options(support_path("interrupted"));
+    fflush(NULL);
+    const pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) { /* a request to stop cannot be taken back */
+        int left = 6;
+        const int rc = cutting_run(&o, &(struct cut_events){.on_linear = interrupt_here, .ctx = &left});
+        _exit(rc == ERR_INTERRUPTED && strstr(err_message(), "--resume") ? 0 : 1);
+    }
+    int status;
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    assert_true(resume(o) >= 4);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_killed_anywhere),   cmocka_unit_test(test_killed_again),
+        cmocka_unit_test(test_damaged_codes),     cmocka_unit_test(test_torn_journal),
+        cmocka_unit_test(test_other_request),     cmocka_unit_test(test_anew),
+        cmocka_unit_test(test_nothing_to_resume), cmocka_unit_test(test_interrupted),
+    };
+    return cmocka_run_group_tests(tests, make_data, support_remove_folder);
+}
