@@ -249,6 +249,8 @@ struct quant_ops {
     int (*hessian_finish)(const struct backend *b, const struct mat *h);
     /* to (host, [cols]): the diagonal */
     int (*diagonal)(const struct backend *b, const struct mat *h, float *to);
+    /* h += value·I */
+    int (*add_diagonal)(const struct backend *b, const struct mat *h, float value);
     /* P(H + added·I)Pᵀ = M·D·Mᵀ with M unit upper triangular, P putting column order[j] at place j (order: I32 [1, cols]).
      * factor F32 [cols, cols] = M; below its diagonal anything. In FP64; work: F64 [cols, cols]. *definite (host) = 0
      * where the matrix is not positive definite. */

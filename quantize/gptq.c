@@ -11,8 +11,17 @@ enum {
     PANEL = 512,              /* columns whose errors reach what is beyond them in one product */
     LEAST_ROWS = 64,          /* of a weight whose scales are refitted at a time, … */
     NORMAL_BYTES = 256 << 20, /* … and more of them while their normal equations fit */
-    N_SUMS =
-        5, /* of the output; of its error with nearest codes, and at last; of the weight's error; of the weight */
+};
+
+/* Numbers that a weight's run leaves on the device. */
+enum sum {
+    SUM_OUTPUT,        /* wHwᵀ over all rows, … */
+    SUM_WEIGHT,        /* … and ww */
+    SUM_NEAREST,       /* eHeᵀ with nearest codes, … */
+    SUM_NEAREST_PLAIN, /* … and eeᵀ */
+    SUM_ERROR,         /* the same at last */
+    SUM_ERROR_PLAIN,
+    N_SUMS
 };
 
 static const double largest_damping = 1, damping_growth = 4;
@@ -34,7 +43,8 @@ struct gptq {
     struct staged_buf order, sums; /* I32 [cols]; doubles, and one integer */
     float *diagonal;               /* [cols], host */
     const struct mat *h;
-    double damping;
+    double ridge;   /* that was added to its diagonal */
+    double damping; /* as a share of the mean, with what the factor took beyond that */
     int64_t n_dead;
 };
 
@@ -177,17 +187,19 @@ int gptq_prepare(struct gptq *g, const struct mat *h)
     int rc = judge_diagonal(g, h, &mean);
     g->h = h;
     g->damping = 0;
+    g->ridge = g->o.damping * (mean > 0 ? mean : 1);
+    if (!rc)
+        rc = quant->add_diagonal(g->b, h, (float)g->ridge);
     if (rc < 0 || !g->o.sweep)
         return rc;
     rc = choose_order(g, h->rows);
     struct space s;
     lay_out(g->memory.ptr, &(struct gptq_size){1, h->rows, h->rows}, &s);
     const struct mat order = order_of(g, h->rows);
-    const double unit = mean > 0 ? mean : 1; /* nothing ever came in: every code will be the nearest */
     int definite = 0;
     for (double d = g->o.damping; !rc && !definite && d <= largest_damping; d *= damping_growth) {
-        rc = quant->factorize(g->b, h, &order, (float)((mean > 0 ? d : 1) * unit), &s.work, &s.factor,
-                              &definite);
+        const float more = (float)((d - g->o.damping) * mean);
+        rc = quant->factorize(g->b, h, &order, more, &s.work, &s.factor, &definite);
         g->damping = d;
     }
     if (!rc && !definite)
@@ -279,14 +291,17 @@ static int refit(const struct gptq *g, const struct rounding *r, const struct sp
     return rc;
 }
 
-/* gradient = (W − Ŵ)·H, and *error (device) = Σ (W − Ŵ)⊙gradient */
-static int evaluate(const struct gptq *g, const struct rounding *r, const struct space *s, double *error)
+/* gradient = (W − Ŵ)·H; sums: Σ (W − Ŵ)⊙gradient, and next to it Σ (W − Ŵ)² */
+static int evaluate(const struct gptq *g, const struct rounding *r, const struct space *s, enum sum sum)
 {
     const struct backend *b = g->b;
+    double *sums = g->sums.device;
     int rc = b->quant->residual(b, r, &s->pool);
     if (!rc)
         rc = b->core->matmul(b, 1, &s->pool, g->h, false, &s->gradient);
-    return rc ? rc : b->core->dot(b, &s->pool, &s->gradient, error);
+    if (!rc)
+        rc = b->core->dot(b, &s->pool, &s->gradient, &sums[sum]);
+    return rc ? rc : b->core->dot(b, &s->pool, &s->pool, &sums[sum + 1]);
 }
 
 /* One pass over all columns, in panels as in the sweep; within a panel the changes go to a feedback of its own, so that
@@ -321,12 +336,11 @@ static int descend(const struct gptq *g, const struct rounding *r, const struct 
 
 static int refine(const struct gptq *g, const struct rounding *r, const struct space *s)
 {
-    double *unused = (double *)g->sums.device + N_SUMS - 1; /* so far */
     int rc = 0;
     for (int round = 0; !rc && round < g->o.rounds; round++) {
         rc = refit(g, r, s);
         if (!rc)
-            rc = evaluate(g, r, s, unused);
+            rc = evaluate(g, r, s, SUM_ERROR);
         for (int pass = 0; !rc && pass < g->o.passes; pass++)
             rc = descend(g, r, s);
     }
@@ -344,22 +358,34 @@ static int choose_scales(const struct gptq *g, const struct mat *w, const struct
                : g->b->quant->find_scales(g->b, w, &plain, &out);
 }
 
-/* Σ w⊙(W·H), the output's own square, then the error of nearest codes. */
-static int measure_nearest(const struct gptq *g, const struct rounding *r, const struct space *s,
-                           double *sums)
+/* W·H and the output's own square, then the error of nearest codes. */
+static int measure_nearest(const struct gptq *g, const struct rounding *r, const struct space *s)
 {
     const struct backend *b = g->b;
+    double *sums = g->sums.device;
     int rc = b->core->matmul(b, 1, r->w, g->h, false, &s->wh);
     if (!rc)
-        rc = b->core->dot(b, r->w, &s->wh, &sums[0]);
+        rc = b->core->dot(b, r->w, &s->wh, &sums[SUM_OUTPUT]);
+    if (!rc)
+        rc = b->core->dot(b, r->w, r->w, &sums[SUM_WEIGHT]);
     if (!rc)
         rc = b->quant->round_codes(b, r);
-    return rc ? rc : evaluate(g, r, s, &sums[1]);
+    return rc ? rc : evaluate(g, r, s, SUM_NEAREST);
 }
 
-static double ratio(double part, double whole)
+/* The damping's part in the squared output errors is taken out again: it stands for inputs that were not there. */
+static void make_stats(const struct gptq *g, struct gptq_stats *out)
 {
-    return whole > 0 ? part / whole : 0;
+    const double *sums = g->sums.host;
+    const double output = sums[SUM_OUTPUT] - g->ridge * sums[SUM_WEIGHT];
+    const double nearest = sums[SUM_NEAREST] - g->ridge * sums[SUM_NEAREST_PLAIN];
+    const double error = sums[SUM_ERROR] - g->ridge * sums[SUM_ERROR_PLAIN];
+    *out = (struct gptq_stats){.nearest_error = output > 0 ? fmax(nearest / output, 0) : 0,
+                               .error = output > 0 ? fmax(error / output, 0) : 0,
+                               .weight_error =
+                                   sums[SUM_WEIGHT] > 0 ? sums[SUM_ERROR_PLAIN] / sums[SUM_WEIGHT] : 0,
+                               .damping = g->damping,
+                               .n_dead = g->n_dead};
 }
 
 int gptq_quantize(struct gptq *g, const struct mat *w, const struct qmat *q, struct gptq_stats *stats)
@@ -369,31 +395,20 @@ int gptq_quantize(struct gptq *g, const struct mat *w, const struct qmat *q, str
     struct space s;
     lay_out(g->memory.ptr, &size, &s);
     const struct rounding r = {w, q, &s.codes};
-    double *sums = g->sums.device;
     int rc = choose_scales(g, w, q);
     if (!rc)
-        rc = measure_nearest(g, &r, &s, sums);
+        rc = measure_nearest(g, &r, &s);
     if (!rc && g->o.sweep)
         rc = sweep(g, &r, &s);
     if (!rc)
         rc = refine(g, &r, &s);
     if (!rc)
-        rc = evaluate(g, &r, &s, &sums[2]);
-    if (!rc)
-        rc = b->core->dot(b, &s.pool, &s.pool, &sums[3]); /* the residuals that evaluate left there */
-    if (!rc)
-        rc = b->core->dot(b, w, w, &sums[4]);
+        rc = evaluate(g, &r, &s, SUM_ERROR);
     if (!rc)
         rc = b->quant->pack_codes(b, &s.codes, q);
     if (!rc)
         rc = b->core->stage_out(b, &g->sums, 0, g->sums.bytes);
-    if (rc < 0)
-        return rc;
-    const double *host = g->sums.host;
-    *stats = (struct gptq_stats){.nearest_error = ratio(host[1], host[0]),
-                                 .error = ratio(host[2], host[0]),
-                                 .weight_error = ratio(host[3], host[4]),
-                                 .damping = g->damping,
-                                 .n_dead = g->n_dead};
-    return 0;
+    if (!rc)
+        make_stats(g, stats);
+    return rc;
 }

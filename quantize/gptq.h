@@ -45,7 +45,8 @@ int gptq_open(struct gptq **out, const struct backend *b, const struct gptq_opti
 void gptq_close(struct gptq *g);
 uint64_t gptq_bytes(const struct gptq_size *sizes, size_t n);
 
-/* Takes a finished Hessian F32 [cols, cols]: the order of its columns, its factor. Inputs that were not finite, and a
+/* Takes a finished Hessian F32 [cols, cols]: damps it in place, for all that follows, since directions that hardly any
+ * input had must not cost nothing; finds the order of its columns and its factor. Inputs that were not finite, and a
  * matrix that no damping up to its mean diagonal makes positive definite, are ERR_DATA. */
 int gptq_prepare(struct gptq *g, const struct mat *h);
 

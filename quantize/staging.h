@@ -26,7 +26,7 @@ int staging_begin(struct staging *w, bool overwrite, bool keep);
 int staging_write(const struct staging *w, const char *name, const void *data, size_t n);
 int staging_copy_side_files(const struct staging *w, const char *model_folder);
 
-/* The files of OUT.partial other than weights, index and marker, sorted. */
+/* The files of OUT.partial other than weights, index, record and hidden ones, sorted. */
 int staging_files(const struct staging *w, struct file_list *out);
 
 /* OUT.partial becomes OUT. */

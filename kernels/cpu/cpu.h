@@ -69,6 +69,7 @@ int cpu_sample_rows(const struct backend *b, const struct mat *logits, float tem
 int cpu_hessian_add(const struct backend *b, const struct mat *x, const struct mat *h);
 int cpu_hessian_finish(const struct backend *b, const struct mat *h);
 int cpu_diagonal(const struct backend *b, const struct mat *h, float *to);
+int cpu_add_diagonal(const struct backend *b, const struct mat *h, float value);
 int cpu_factorize(const struct backend *b, const struct mat *h, const struct mat *order, float added,
                   const struct mat *work, const struct mat *factor, int *definite);
 int cpu_search_scales(const struct backend *b, const struct mat *w, const struct mat *h,

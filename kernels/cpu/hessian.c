@@ -157,6 +157,15 @@ int cpu_diagonal(const struct backend *b, const struct mat *h, float *to)
     return 0;
 }
 
+int cpu_add_diagonal(const struct backend *b, const struct mat *h, float value)
+{
+    (void)b;
+    check_hessian(h);
+    for (int64_t i = 0; i < h->rows; i++)
+        ((float *)h->data)[i * h->stride + i] += value;
+    return 0;
+}
+
 /* P(H + added·I)Pᵀ with rows and columns in reverse is L·Lᵀ; L, its columns divided by the diagonal and turned back, is
  * the unit upper triangular factor. */
 int cpu_factorize(const struct backend *b, const struct mat *h, const struct mat *order, float added,

@@ -330,6 +330,7 @@ const struct quant_ops cpu_quant_ops = {
     .hessian_add = cpu_hessian_add,
     .hessian_finish = cpu_hessian_finish,
     .diagonal = cpu_diagonal,
+    .add_diagonal = cpu_add_diagonal,
     .factorize = cpu_factorize,
     .search_scales = cpu_search_scales,
     .round_codes = cpu_round_codes,

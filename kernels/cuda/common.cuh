@@ -84,6 +84,7 @@ int cuda_matmul(const struct backend *b, float alpha, const struct mat *x, const
 int cuda_hessian_add(const struct backend *b, const struct mat *x, const struct mat *h);
 int cuda_hessian_finish(const struct backend *b, const struct mat *h);
 int cuda_diagonal(const struct backend *b, const struct mat *h, float *to);
+int cuda_add_diagonal(const struct backend *b, const struct mat *h, float value);
 int cuda_factorize(const struct backend *b, const struct mat *h, const struct mat *order, float added,
                    const struct mat *work, const struct mat *factor, int *definite);
 int cuda_search_scales(const struct backend *b, const struct mat *w, const struct mat *h,

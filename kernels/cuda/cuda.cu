@@ -248,6 +248,7 @@ static struct quant_ops make_quant_ops(void)
     o.hessian_add = cuda_hessian_add;
     o.hessian_finish = cuda_hessian_finish;
     o.diagonal = cuda_diagonal;
+    o.add_diagonal = cuda_add_diagonal;
     o.factorize = cuda_factorize;
     o.search_scales = cuda_search_scales;
     o.round_codes = cuda_round_codes;

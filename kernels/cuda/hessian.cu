@@ -81,6 +81,21 @@ static __global__ void diagonal_kernel(const float *h, int64_t n, int64_t stride
         out[i] = h[i * (stride + 1)];
 }
 
+static __global__ void add_diagonal_kernel(float *h, int64_t n, int64_t stride, float value)
+{
+    const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i < n)
+        h[i * stride + i] += value;
+}
+
+extern "C" int cuda_add_diagonal(const struct backend *b, const struct mat *h, float value)
+{
+    check_hessian(h);
+    add_diagonal_kernel<<<(unsigned)((h->rows + THREADS - 1) / THREADS), THREADS, 0, cuda_state(b)->stream>>>(
+        (float *)h->data, h->rows, h->stride, value);
+    return cuda_launched("add_diagonal");
+}
+
 extern "C" int cuda_diagonal(const struct backend *b, const struct mat *h, float *to)
 {
     check_hessian(h);

@@ -100,30 +100,34 @@ static size_t bytes_of(const struct mat *m)
     return m->data ? (size_t)(m->rows * m->stride) * dtype_bytes(m->dtype) : 0;
 }
 
+static void copy_all(const struct mat *const *outs, size_t n, char *bytes, bool back)
+{
+    for (size_t i = 0; i < n; i++) {
+        const size_t size = bytes_of(outs[i]);
+        if (size)
+            memcpy(back ? outs[i]->data : bytes, back ? bytes : outs[i]->data, size);
+        bytes += size;
+    }
+}
+
 void run_alike(op_fn run, const void *args, const struct mat *const *outs, size_t n, const char *text)
 {
-    size_t total = 0, at_byte = 0;
+    size_t total = 0;
     for (size_t i = 0; i < n; i++)
         total += bytes_of(outs[i]);
-    char *before = malloc(total + 1), *first = malloc(total + 1);
-    assert_true(before && first);
-    for (size_t i = 0; i < n; at_byte += bytes_of(outs[i++]))
-        memcpy(before + at_byte, outs[i]->data, bytes_of(outs[i]));
+    char *before = malloc(total + 1), *first = malloc(total + 1), *now = malloc(total + 1);
+    assert_true(before && first && now);
+    copy_all(outs, n, before, false);
     for (int k = 0; k < N_BACKENDS; k++) {
-        at_byte = 0;
-        for (size_t i = 0; i < n; at_byte += bytes_of(outs[i++]))
-            memcpy(outs[i]->data, before + at_byte, bytes_of(outs[i]));
+        copy_all(outs, n, before, true);
         assert_ok(run(&cpu[k], args));
-        at_byte = 0;
-        for (size_t i = 0; i < n; at_byte += bytes_of(outs[i++])) {
-            if (k == 0)
-                memcpy(first + at_byte, outs[i]->data, bytes_of(outs[i]));
-            else if (memcmp(first + at_byte, outs[i]->data, bytes_of(outs[i])))
-                fail_msg("%s: %d threads give other bytes than one", text, k + 1);
-        }
+        copy_all(outs, n, k ? now : first, false);
+        if (k && memcmp(first, now, total))
+            fail_msg("%s: %d threads give other bytes than one", text, k + 1);
     }
     free(before);
     free(first);
+    free(now);
 }
 
 void check_gaps(const struct mat *m, const char *text)
