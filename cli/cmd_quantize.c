@@ -446,8 +446,6 @@ static void describe_result(const struct cut *cut, const struct args *a, const s
 /* Seconds by kind of work, where they were counted. */
 static void put_times(const double *seconds, struct text *out)
 {
-    static const char *const names[N_WORK] = {
-        [WORK_LOAD] = "load", [WORK_FORWARD] = "forward", [WORK_SOLVE] = "solve", [WORK_DELIVER] = "deliver"};
     double sum = 0;
     for (int i = 0; i < N_WORK; i++)
         sum += seconds[i];
@@ -456,7 +454,7 @@ static void put_times(const double *seconds, struct text *out)
     json_put_key(out, "calibration_seconds");
     json_begin_object(out);
     for (int i = 0; i < N_WORK; i++)
-        json_kv_double(out, names[i], seconds[i]);
+        json_kv_double(out, work_names[i], seconds[i]);
     json_end_object(out);
 }
 

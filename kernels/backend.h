@@ -218,6 +218,9 @@ struct core_ops {
     /* out = gelu_tanh(gate) ⊙ up; out may be gate. All act. */
     int (*geglu)(const struct backend *b, const struct mat *gate, const struct mat *up,
                  const struct mat *out);
+    /* out = x / rms(y), row by row, y's columns being others than x's; where y is 0, 0. All act. */
+    int (*over_norm)(const struct backend *b, const struct mat *x, const struct mat *y,
+                     const struct mat *out);
     /* x = cap·tanh(x / cap) in place, F32 */
     int (*softcap)(const struct backend *b, const struct mat *x, float cap);
     /* For every row of logits a (and b, or NULL: then only nll_a and top_a), F32: targets[row] in [0, cols).
@@ -285,6 +288,8 @@ struct quant_ops {
                         bool positive_only, const struct qmat *q, int64_t *n_kept);
     /* out F32 [rows, cols] = w − ŵ */
     int (*residual)(const struct backend *b, const struct rounding *r, const struct mat *out);
+    /* *count (device) = weights that lie beyond their group's codes by more than half a step */
+    int (*count_clipped)(const struct backend *b, const struct rounding *r, int64_t *count);
     /* q->packed = codes + zero, as quantize writes them; bits beyond a row's last column are 0 */
     int (*pack_codes)(const struct backend *b, const struct mat *codes, const struct qmat *q);
 };

@@ -1,9 +1,10 @@
 #include "quantize/calibrate.h"
 
-#include "base/clock.h"
 #include "base/err.h"
 #include "base/mem.h"
+#include "kernels/arena.h"
 #include "kernels/budget.h"
+#include "quantize/outbox.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -15,19 +16,27 @@ struct set {
     int64_t rows, cols; /* of all of them, one below the other */
 };
 
+/* A set's results, on their way out. */
+struct result {
+    struct set set;
+    struct gptq_stats stats[GPTQ_MAX_PARTS];
+    int64_t n_nonfinite[GPTQ_MAX_PARTS];
+};
+
 struct run {
     const struct model *m;
     const struct recipe_plan *plan;
     const struct backend *b;
     const struct calibrate_options *o;
     const struct calibrate_events *events;
+    struct work_clock clock;
     struct weights weights;
     struct capture *capture;
     struct gptq *gptq;
-    struct buf hessian;
-    struct staged_buf packed, scales, zeros,
-        found; /* of the largest set; found: where a weight is not finite */
-    double *seconds, mark;
+    struct buf hessian, codes; /* codes: with scales and zero points, of the largest set */
+    struct staged_buf
+        n_found; /* places or numbers of weights that are not finite, one for each of a set's linears */
+    struct outbox *outbox;
 };
 
 /* --- the sets --------------------------------------------------------------------------------------------------- */
@@ -67,11 +76,25 @@ static size_t list_sizes(const struct recipe_plan *plan, int64_t n_layers, struc
     return n;
 }
 
-/* Bytes of codes, scales and zero points, the most of any set. */
+/* Codes, scales and zero points of a set in memory, packed first. */
 struct result_bytes {
-    size_t packed, scales;
+    size_t packed, scales, zeros;
 };
 
+static struct result_bytes result_bytes(const struct set *s)
+{
+    const struct quant_scheme q = s->members->scheme;
+    const size_t scales = (size_t)(s->rows * quant_groups(q, s->cols));
+    return (struct result_bytes){(size_t)(s->rows * quant_packed_cols(q, s->cols)) * sizeof(uint32_t),
+                                 scales * sizeof(uint16_t), q.symmetric ? 0 : scales};
+}
+
+static void grow_to(size_t *size, size_t need)
+{
+    *size = need > *size ? need : *size;
+}
+
+/* The most of any set. */
 static struct result_bytes largest_result(const struct recipe_plan *plan, int64_t n_layers)
 {
     struct result_bytes most = {0};
@@ -80,13 +103,23 @@ static struct result_bytes largest_result(const struct recipe_plan *plan, int64_
             const struct set s = find_set(plan, layer, (enum gemma_fused)k);
             if (!s.n || !s.members->quantized)
                 continue;
-            const struct quant_scheme q = s.members->scheme;
-            const size_t packed = (size_t)(s.rows * quant_packed_cols(q, s.cols)) * 4,
-                         scales = (size_t)(s.rows * quant_groups(q, s.cols)) * 2;
-            most.packed = packed > most.packed ? packed : most.packed;
-            most.scales = scales > most.scales ? scales : most.scales;
+            const struct result_bytes bytes = result_bytes(&s);
+            grow_to(&most.packed, bytes.packed);
+            grow_to(&most.scales, bytes.scales);
+            grow_to(&most.zeros, bytes.zeros);
         }
     return most;
+}
+
+static size_t rounded(size_t bytes)
+{
+    return (bytes + 255) / 256 * 256;
+}
+
+/* Of all three, one behind the other. */
+static size_t codes_bytes(const struct result_bytes *r)
+{
+    return rounded(r->packed) + rounded(r->scales) + rounded(r->zeros);
 }
 
 /* --- memory ----------------------------------------------------------------------------------------------------- */
@@ -110,7 +143,7 @@ static int other_bytes(const struct model *m, const struct recipe_plan *plan, co
         hessian = bytes > hessian ? bytes : hessian;
     }
     const struct result_bytes result = largest_result(plan, n_layers);
-    *out = part + hessian + gptq_bytes(sizes, n) + result.packed + 2 * result.scales + b->scratch_bytes;
+    *out = part + hessian + gptq_bytes(sizes, n) + codes_bytes(&result) + b->scratch_bytes;
     free(sizes);
     return 0;
 }
@@ -141,6 +174,20 @@ int calibrate_plan(struct calibrate_plan *out, const struct model *m, const stru
                    text_bytes(allowed, has), limit && limit < usable ? "in the memory budget" : "free");
 }
 
+static int deliver(void *ctx, const struct outbox_slot *slot, const void *item);
+
+static int take_memory(struct run *r, int64_t cols)
+{
+    const struct result_bytes bytes = largest_result(r->plan, r->m->gemma.n_layers);
+    const struct outbox_size size = {bytes.packed, bytes.scales, bytes.zeros, sizeof(struct result)};
+    int rc = r->b->core->acquire(r->b, (size_t)(cols * cols) * sizeof(float), "a Hessian", &r->hessian);
+    if (!rc)
+        rc = r->b->core->acquire(r->b, codes_bytes(&bytes), "codes and scales", &r->codes);
+    if (!rc)
+        rc = r->b->core->acquire_staging(r->b, GPTQ_MAX_PARTS * sizeof(int64_t), "places", &r->n_found);
+    return rc ? rc : outbox_open(&r->outbox, r->b, &size, deliver, r);
+}
+
 static int open_run(struct run *r, const struct dataset *data)
 {
     const int64_t n_layers = r->m->gemma.n_layers;
@@ -152,58 +199,41 @@ static int open_run(struct run *r, const struct dataset *data)
     if (!rc)
         rc = weights_open(&r->weights, r->m, r->b);
     if (!rc)
-        rc = capture_open(&r->capture, &r->weights, data, &plan.capture, r->o->skip_id);
+        rc = capture_open(&r->capture, &r->weights, data, &plan.capture, r->o->skip_id, &r->clock);
     const size_t n = rc ? 0 : list_sizes(r->plan, n_layers, sizes);
     if (!rc)
-        rc = gptq_open(&r->gptq, r->b, &r->o->gptq, sizes, n);
+        rc = gptq_open(&r->gptq, r->b, &r->o->gptq, sizes, n, &r->clock);
     int64_t cols = 0;
     for (size_t i = 0; i < n; i++)
         cols = sizes[i].cols > cols ? sizes[i].cols : cols;
     if (!rc)
-        rc = r->b->core->acquire(r->b, (size_t)(cols * cols) * sizeof(float), "a Hessian", &r->hessian);
-    const struct result_bytes bytes = largest_result(r->plan, n_layers);
-    const struct staged_need needs[] = {{&r->packed, bytes.packed, "codes"},
-                                        {&r->scales, bytes.scales, "scales"},
-                                        {&r->zeros, bytes.scales / 2, "zero points"},
-                                        {&r->found, sizeof(int64_t), "a place"}};
-    if (!rc)
-        rc = backend_acquire_staged(r->b, needs, sizeof needs / sizeof *needs);
+        rc = take_memory(r, cols);
     free(sizes);
-    return rc;
+    return rc ? rc : work_spent(&r->clock, r->b, WORK_LOAD);
 }
 
 static void close_run(struct run *r)
 {
-    struct staged_buf *const pieces[] = {&r->packed, &r->scales, &r->zeros, &r->found};
-    backend_release_staged(r->b, pieces, sizeof pieces / sizeof *pieces);
+    outbox_close(r->outbox);
+    if (r->n_found.host)
+        r->b->core->release_staging(r->b, &r->n_found);
+    r->b->core->release(r->b, &r->codes);
     r->b->core->release(r->b, &r->hessian);
     gptq_close(r->gptq);
     capture_close(r->capture);
     weights_free(&r->weights);
 }
 
-/* Everything since the last call was that kind of work. */
-static int spent(struct run *r, enum calibrate_work work)
-{
-    if (!r->seconds)
-        return 0;
-    const int rc = r->b->core->wait(r->b);
-    const double now = clock_seconds();
-    r->seconds[work] += now - r->mark;
-    r->mark = now;
-    return rc;
-}
+/* --- results ---------------------------------------------------------------------------------------------------- */
 
-/* --- one set ---------------------------------------------------------------------------------------------------- */
-
-/* Part of the staged result: rows [row, row + n) of the set, on the device or on the host. */
-static struct qmat result_rows(const struct run *r, const struct set *s, int64_t row, int64_t n, bool host)
+/* Rows [row, row + n) of a set's result that lies in the three places. */
+static struct qmat result_rows(const struct set *s, void *const places[3], int64_t row, int64_t n)
 {
     const struct quant_scheme scheme = s->members->scheme;
     const int64_t words = quant_packed_cols(scheme, s->cols), groups = quant_groups(scheme, s->cols);
-    const struct mat packed = {host ? r->packed.host : r->packed.device, DTYPE_I32, s->rows, words, words};
-    const struct mat scales = {host ? r->scales.host : r->scales.device, DTYPE_BF16, s->rows, groups, groups};
-    const struct mat zeros = {host ? r->zeros.host : r->zeros.device, DTYPE_I8, s->rows, groups, groups};
+    const struct mat packed = {places[0], DTYPE_I32, s->rows, words, words};
+    const struct mat scales = {places[1], DTYPE_BF16, s->rows, groups, groups};
+    const struct mat zeros = {places[2], DTYPE_I8, s->rows, groups, groups};
     struct qmat q = {.packed = mat_rows(&packed, row, n),
                      .scales = mat_rows(&scales, row, n),
                      .bits = scheme.bits,
@@ -214,6 +244,85 @@ static struct qmat result_rows(const struct run *r, const struct set *s, int64_t
     return q;
 }
 
+static struct qmat device_rows(const struct run *r, const struct set *s, int64_t row, int64_t n)
+{
+    const struct result_bytes bytes = result_bytes(s);
+    char *base = r->codes.ptr;
+    char *scales = base + rounded(bytes.packed);
+    return result_rows(s, (void *const[]){base, scales, scales + rounded(bytes.scales)}, row, n);
+}
+
+static struct qmat slot_rows(const struct outbox_slot *slot, const struct set *s, int64_t row, int64_t n)
+{
+    return result_rows(s, (void *const[]){slot->packed.ptr, slot->scales.ptr, slot->zeros.ptr}, row, n);
+}
+
+/* In the outbox's thread: a set's linears, one by one. */
+static int deliver(void *ctx, const struct outbox_slot *slot, const void *item)
+{
+    const struct run *r = ctx;
+    const struct result *result = item;
+    const struct set *s = &result->set;
+    int rc = 0;
+    for (int64_t i = 0, row = 0; !rc && i < s->n; i++) {
+        const int64_t rows = s->members[i].tensor->shape[0];
+        const struct calibrated_linear done = {&s->members[i], slot_rows(slot, s, row, rows),
+                                               result->stats[i], result->n_nonfinite[i]};
+        rc = r->events->on_linear(r->events->ctx, &done);
+        row += rows;
+    }
+    return rc;
+}
+
+static int send(struct run *r, const struct result *result)
+{
+    const struct set *s = &result->set;
+    const struct core_ops *core = r->b->core;
+    const struct result_bytes bytes = result_bytes(s);
+    const struct qmat q = device_rows(r, s, 0, s->rows);
+    struct outbox_slot *slot;
+    int rc = outbox_take(r->outbox, &slot);
+    if (!rc)
+        rc = core->download(r->b, slot->packed.ptr, q.packed.data, bytes.packed);
+    if (!rc)
+        rc = core->download(r->b, slot->scales.ptr, q.scales.data, bytes.scales);
+    if (!rc && q.zeros.data)
+        rc = core->download(r->b, slot->zeros.ptr, q.zeros.data, bytes.zeros);
+    if (rc < 0)
+        return rc;
+    outbox_put(r->outbox, slot, result);
+    return work_spent(&r->clock, r->b, WORK_DELIVER);
+}
+
+/* --- one set ---------------------------------------------------------------------------------------------------- */
+
+/* Linears of one set that lie together as one weight, or a single one: members [first, first + parts.n), from `row` of
+ * the set on. */
+struct piece {
+    struct linear *linear;
+    int first;
+    struct gptq_parts parts;
+    int64_t row, rows;
+};
+
+/* The pieces of a set: one where the weights lie together. */
+static int list_pieces(const struct set *s, struct linear_set *l, struct piece out[GPTQ_MAX_PARTS])
+{
+    CHECK(s->n <= GPTQ_MAX_PARTS);
+    const int n = l->fused ? 1 : s->n;
+    int64_t row = 0;
+    for (int i = 0; i < n; i++) {
+        out[i] = (struct piece){.linear = l->fused ? &l->whole : &l->parts[i], .first = i, .row = row};
+        for (int k = i; k < (l->fused ? s->n : i + 1); k++) {
+            const int64_t rows = s->members[k].tensor->shape[0];
+            out[i].parts.rows[out[i].parts.n++] = rows;
+            out[i].rows += rows;
+        }
+        row += out[i].rows;
+    }
+    return n;
+}
+
 /* BF16 values take the place of the weights. */
 static int replace_weight(const struct run *r, struct linear *l, const struct qmat *q)
 {
@@ -222,123 +331,83 @@ static int replace_weight(const struct run *r, struct linear *l, const struct qm
     return r->b->quant->dequantize(r->b, q, &l->weight);
 }
 
-static int check_finite(const struct run *r, const struct linear_plan *plan, const struct mat *w)
+/* Counts weights that are not finite and sets them to 0, or refuses them. */
+static int check_finite(const struct run *r, const struct set *s, const struct piece *p, int64_t *n_nonfinite)
 {
-    int64_t *found = r->found.device;
-    int rc = r->o->allow_nonfinite ? r->b->core->zero_nonfinite(r->b, w, found)
-                                   : r->b->core->find_nonfinite(r->b, w, found);
-    if (!rc)
-        rc = r->b->core->stage_out(r->b, &r->found, 0, sizeof *found);
-    const int64_t at = *(const int64_t *)r->found.host;
-    return rc || r->o->allow_nonfinite || at < 0
-               ? rc
-               : err_set(
-                     ERR_FORMAT,
-                     "%s: tensor '%s' has a NaN or an infinity at row %lld, column %lld (--allow-nonfinite takes such "
-                     "weights as 0)",
-                     r->m->folder, plan->tensor->name, (long long)(at / w->cols), (long long)(at % w->cols));
-}
-
-/* Linears of one set that lie together as one weight, or a single one: members [first, first + n), from `row` of the set
- * on. */
-struct piece {
-    struct linear *linear;
-    int first, n;
-    int64_t row, rows;
-};
-
-static int deliver(struct run *r, const struct set *s, const struct piece *p, const struct gptq_stats *stats)
-{
+    const struct core_ops *core = r->b->core;
+    int64_t *found = r->n_found.device;
     int rc = 0;
-    for (int64_t i = 0, row = p->row; !rc && i < p->n; i++) {
-        const struct linear_plan *plan = &s->members[p->first + i];
-        const int64_t rows = plan->tensor->shape[0];
-        const struct calibrated_linear done = {plan, result_rows(r, s, row, rows, true), *stats};
-        rc = r->events->on_linear(r->events->ctx, &done);
-        row += rows;
+    for (int64_t i = 0, row = 0; !rc && i < p->parts.n; row += p->parts.rows[i++]) {
+        const struct mat w = mat_rows(&p->linear->weight, row, p->parts.rows[i]);
+        rc = r->o->allow_nonfinite ? core->zero_nonfinite(r->b, &w, &found[i])
+                                   : core->find_nonfinite(r->b, &w, &found[i]);
+    }
+    if (!rc)
+        rc = core->stage_out(r->b, &r->n_found, 0, (size_t)p->parts.n * sizeof *found);
+    for (int i = 0; !rc && i < p->parts.n; i++) {
+        const int64_t at = ((const int64_t *)r->n_found.host)[i];
+        if (r->o->allow_nonfinite)
+            n_nonfinite[p->first + i] = at;
+        else if (at >= 0)
+            rc = err_set(
+                ERR_FORMAT,
+                "%s: tensor '%s' has a NaN or an infinity at row %lld, column %lld (--allow-nonfinite "
+                "takes such weights as 0)",
+                r->m->folder, s->members[p->first + i].tensor->name, (long long)(at / s->cols),
+                (long long)(at % s->cols));
     }
     return rc;
 }
 
-static int stage_out_result(const struct run *r, const struct set *s)
-{
-    const struct core_ops *core = r->b->core;
-    const struct qmat q = result_rows(r, s, 0, s->rows, true);
-    const size_t n = (size_t)(q.scales.rows * q.scales.cols);
-    int rc = core->stage_out(r->b, &r->packed, 0, (size_t)(q.packed.rows * q.packed.cols) * sizeof(uint32_t));
-    if (!rc)
-        rc = core->stage_out(r->b, &r->scales, 0, n * sizeof(uint16_t));
-    return rc || !q.zeros.data ? rc : core->stage_out(r->b, &r->zeros, 0, n);
-}
-
-static int stage_in_result(const struct run *r, const struct set *s)
-{
-    const struct core_ops *core = r->b->core;
-    const struct qmat q = result_rows(r, s, 0, s->rows, true);
-    const size_t n = (size_t)(q.scales.rows * q.scales.cols);
-    int rc = core->stage_in(r->b, &r->packed, 0, (size_t)(q.packed.rows * q.packed.cols) * sizeof(uint32_t));
-    if (!rc)
-        rc = core->stage_in(r->b, &r->scales, 0, n * sizeof(uint16_t));
-    if (!rc && q.zeros.data)
-        rc = core->stage_in(r->b, &r->zeros, 0, n);
-    return rc ? rc : core->wait(r->b);
-}
-
-/* The pieces of a set: one where the weights lie together. */
-static int list_pieces(const struct set *s, struct linear_set *l, struct piece out[3])
-{
-    if (l->fused) {
-        out[0] = (struct piece){&l->whole, 0, s->n, 0, s->rows};
-        return 1;
-    }
-    for (int64_t i = 0, row = 0; i < s->n; row += out[i++].rows)
-        out[i] = (struct piece){&l->parts[i], (int)i, 1, row, s->members[i].tensor->shape[0]};
-    return s->n;
-}
-
 static int solve(struct run *r, const struct set *s, struct linear_set *l, const struct mat *h)
 {
-    struct piece pieces[3];
-    struct gptq_stats stats[3];
+    struct piece pieces[GPTQ_MAX_PARTS];
+    struct result result = {.set = *s};
     const int n = list_pieces(s, l, pieces);
     int rc = r->b->quant->hessian_finish(r->b, h);
     if (!rc)
         rc = gptq_prepare(r->gptq, h);
+    if (rc < 0)
+        return err_context(rc, "%s", s->members->tensor->name);
     for (int i = 0; !rc && i < n; i++) {
         const struct piece *p = &pieces[i];
-        const struct qmat q = result_rows(r, s, p->row, p->rows, false);
-        rc = check_finite(r, &s->members[p->first], &p->linear->weight);
+        const struct qmat q = device_rows(r, s, p->row, p->rows);
+        rc = check_finite(r, s, p, result.n_nonfinite);
         if (!rc)
-            rc = gptq_quantize(r->gptq, &p->linear->weight, &q, &stats[i]);
+            rc = gptq_quantize(r->gptq, &p->linear->weight, &q, &p->parts, &result.stats[p->first]);
         if (!rc)
             rc = replace_weight(r, p->linear, &q);
     }
-    if (!rc)
-        rc = spent(r, WORK_SOLVE);
-    if (!rc)
-        rc = stage_out_result(r, s);
-    for (int i = 0; !rc && i < n; i++)
-        rc = deliver(r, s, &pieces[i], &stats[i]);
-    return rc ? rc : spent(r, WORK_DELIVER);
+    return rc ? rc : send(r, &result);
 }
 
 /* 1: the whole set's result was known and has taken its place. */
 static int take_known(struct run *r, const struct set *s, struct linear_set *l)
 {
-    struct piece pieces[3];
-    int rc = r->events->known != NULL;
-    for (int64_t i = 0, row = 0; rc > 0 && i < s->n; i++) {
-        const int64_t rows = s->members[i].tensor->shape[0];
-        const struct qmat q = result_rows(r, s, row, rows, true);
+    struct piece pieces[GPTQ_MAX_PARTS];
+    struct outbox_slot *slot;
+    const struct core_ops *core = r->b->core;
+    const struct result_bytes bytes = result_bytes(s);
+    if (!r->events->known)
+        return 0;
+    int rc = outbox_wait(r->outbox);
+    if (!rc)
+        rc = outbox_take(r->outbox, &slot) ? ERR_MEMORY : 1; /* its memory is borrowed; it is not put */
+    for (int64_t i = 0, row = 0; rc > 0 && i < s->n; row += s->members[i++].tensor->shape[0]) {
+        const struct qmat q = slot_rows(slot, s, row, s->members[i].tensor->shape[0]);
         rc = r->events->known(r->events->ctx, &s->members[i], &q);
-        row += rows;
     }
     if (rc <= 0)
         return rc;
-    rc = stage_in_result(r, s);
+    const struct qmat all = device_rows(r, s, 0, s->rows);
+    rc = core->upload(r->b, all.packed.data, slot->packed.ptr, bytes.packed);
+    if (!rc)
+        rc = core->upload(r->b, all.scales.data, slot->scales.ptr, bytes.scales);
+    if (!rc && all.zeros.data)
+        rc = core->upload(r->b, all.zeros.data, slot->zeros.ptr, bytes.zeros);
     const int n = list_pieces(s, l, pieces);
     for (int i = 0; !rc && i < n; i++) {
-        const struct qmat q = result_rows(r, s, pieces[i].row, pieces[i].rows, false);
+        const struct qmat q = device_rows(r, s, pieces[i].row, pieces[i].rows);
         rc = replace_weight(r, pieces[i].linear, &q);
     }
     return rc ? rc : 1;
@@ -361,11 +430,7 @@ static int run_set(struct run *r, int layer, enum gemma_fused kind)
     int rc = open ? r->b->core->zero(r->b, &h) : 0;
     if (!rc)
         rc = capture_inputs(r->capture, layer, kind, open ? &h : NULL);
-    if (!rc)
-        rc = spent(r, WORK_FORWARD);
-    if (!rc && open)
-        rc = solve(r, &s, places[kind], &h);
-    return rc < 0 && s.n ? err_context(rc, "%s", s.members->tensor->name) : rc;
+    return rc || !open ? rc : solve(r, &s, places[kind], &h);
 }
 
 /* --- all blocks ------------------------------------------------------------------------------------------------- */
@@ -374,13 +439,11 @@ static int run_block(struct run *r, int layer)
 {
     int rc = weights_load_part(&r->weights, layer);
     if (!rc)
-        rc = spent(r, WORK_LOAD);
+        rc = work_spent(&r->clock, r->b, WORK_LOAD);
     for (int k = 0; !rc && k < N_FUSED; k++)
         rc = run_set(r, layer, (enum gemma_fused)k);
     if (!rc && layer + 1 < (int)r->m->gemma.n_layers)
         rc = capture_end(r->capture, layer);
-    if (!rc)
-        rc = spent(r, WORK_FORWARD);
     weights_unload_part(&r->weights, layer);
     return rc;
 }
@@ -389,20 +452,15 @@ int calibrate_run(const struct model *m, const struct recipe_plan *plan, const s
                   const struct dataset *data, const struct calibrate_options *options,
                   const struct calibrate_events *events, double *seconds)
 {
-    struct run r = {.m = m,
-                    .plan = plan,
-                    .b = b,
-                    .o = options,
-                    .events = events,
-                    .seconds = seconds,
-                    .mark = clock_seconds()};
-    if (seconds)
-        memset(seconds, 0, N_WORK * sizeof *seconds);
+    struct run r = {.m = m, .plan = plan, .b = b, .o = options, .events = events};
+    work_begin(&r.clock, seconds);
     int rc = open_run(&r, data);
-    if (!rc)
-        rc = spent(&r, WORK_LOAD);
     for (int layer = 0; !rc && layer < (int)m->gemma.n_layers; layer++)
         rc = run_block(&r, layer);
+    if (!rc)
+        rc = outbox_wait(r.outbox);
+    if (!rc)
+        rc = work_spent(&r.clock, b, WORK_DELIVER);
     close_run(&r);
     return rc;
 }

@@ -20,24 +20,16 @@ struct calibrated_linear {
     const struct linear_plan *plan;
     struct qmat q; /* on the host; zeros.data NULL when symmetric */
     struct gptq_stats stats;
+    int64_t n_nonfinite; /* weights that were taken as 0 */
 };
 
 struct calibrate_events {
-    /* A linear's result. */
+    /* A linear's result; called from another thread, but never beside `known`. */
     int (*on_linear)(void *ctx, const struct calibrated_linear *linear);
     /* Of the first blocks the result may be known: fills q (host memory of the right shape) and returns 1, else 0. NULL:
      * it never is. */
     int (*known)(void *ctx, const struct linear_plan *plan, const struct qmat *q);
     void *ctx;
-};
-
-/* Where the time went, in seconds; counted only when asked for, because that waits for the device at every change. */
-enum calibrate_work {
-    WORK_LOAD,    /* weights from disk */
-    WORK_FORWARD, /* the pass, Hessians included */
-    WORK_SOLVE,   /* everything of GPTQ */
-    WORK_DELIVER, /* results to the host and to on_linear */
-    N_WORK
 };
 
 struct calibrate_plan {
@@ -49,7 +41,7 @@ struct calibrate_plan {
 int calibrate_plan(struct calibrate_plan *out, const struct model *m, const struct recipe_plan *plan,
                    const struct backend *b, int64_t samples, int64_t length);
 
-/* seconds: [N_WORK], or NULL */
+/* seconds: [N_WORK] of quantize/work.h, or NULL */
 int calibrate_run(const struct model *m, const struct recipe_plan *plan, const struct backend *b,
                   const struct dataset *data, const struct calibrate_options *options,
                   const struct calibrate_events *events, double *seconds);

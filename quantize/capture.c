@@ -20,6 +20,7 @@ struct capture {
     const struct dataset *data;
     struct capture_plan plan;
     int32_t skip_id;
+    struct work_clock *clock;
     struct buf memory;
     struct states x, attention, inner;                        /* [all tokens, …] */
     struct mat normed, branch, qkv, q, gate_up, keys, values; /* [tokens of a batch, …] */
@@ -175,6 +176,7 @@ struct step {
     int layer;
     const struct batch *batch;
     struct mat x, attention, normed, branch, inner;
+    struct mat spare; /* [tokens, …] for the inputs of o and down, weighed */
     const struct mat *inputs;
 };
 
@@ -246,6 +248,41 @@ static int to_end(struct step *s)
     return rc ? rc : states_keep(c, &c->x, s->batch);
 }
 
+/* What o and down give is normed before it is added to the residual stream (Gemma's post-norms), so an error counts by
+ * its share of the output: a token's inputs are divided by the norm of what becomes of them. */
+static int weigh(struct step *s, enum gemma_fused set)
+{
+    struct capture *c = s->c;
+    const struct backend *b = c->w->backend;
+    const struct block *k = &c->w->blocks[s->layer];
+    static const char *W;
+    if (!W)
+        W = getenv("GW") ? getenv("GW") : "3";
+    if (set == FUSED_GATE_UP && (atoi(W) & 4)) {
+        const struct mat gate_up = mat_rows(&c->gate_up, 0, s->batch->rows),
+                         inner = mat_cols(&gate_up, 0, c->w->config.intermediate_size);
+        int rc2 = block_mlp(c->w, s->layer, s->inputs, &gate_up, &inner);
+        if (!rc2)
+            rc2 = linear_set_forward(b, &k->down, &inner, &s->branch);
+        s->spare = (struct mat){c->qkv.data, c->qkv.dtype, s->batch->rows, s->inputs->cols, s->inputs->cols};
+        if (!rc2)
+            rc2 = b->core->over_norm(b, s->inputs, &s->branch, &s->spare);
+        s->inputs = &s->spare;
+        return rc2;
+    }
+    if (!((set == FUSED_O && (atoi(W) & 1)) || (set == FUSED_DOWN && (atoi(W) & 2))))
+        return 0;
+    const bool is_o = set == FUSED_O;
+    int rc = linear_set_forward(b, is_o ? &k->o : &k->down, s->inputs, &s->branch);
+    s->spare = is_o ? mat_rows(&c->q, 0, s->batch->rows) : mat_rows(&c->gate_up, 0, s->batch->rows);
+    if (!is_o)
+        s->spare = mat_cols(&s->spare, c->plan.keep_inner ? 0 : s->inner.cols, s->inner.cols);
+    if (!rc)
+        rc = b->core->over_norm(b, s->inputs, &s->branch, &s->spare);
+    s->inputs = &s->spare;
+    return rc;
+}
+
 /* Rows in runs without the token that is to be left out. */
 static int add_inputs(const struct step *s, const struct mat *h)
 {
@@ -264,7 +301,8 @@ static int add_inputs(const struct step *s, const struct mat *h)
     return rc;
 }
 
-static int run_steps(struct capture *c, int layer, int (*to)(struct step *), const struct mat *h)
+static int run_steps(struct capture *c, int layer, int (*to)(struct step *), const struct mat *h,
+                     enum gemma_fused set)
 {
     const int64_t width = c->w->config.intermediate_size;
     int rc = 0;
@@ -282,8 +320,14 @@ static int run_steps(struct capture *c, int layer, int (*to)(struct step *), con
         rc = states_fetch(c, &c->x, &t);
         if (!rc)
             rc = to(&s);
+        if (!rc)
+            rc = work_spent(c->clock, c->w->backend, WORK_FORWARD);
+        if (!rc && h)
+            rc = weigh(&s, set);
         if (!rc && h)
             rc = add_inputs(&s, h);
+        if (!rc && h)
+            rc = work_spent(c->clock, c->w->backend, WORK_HESSIAN);
         if (!rc && err_interrupt_requested())
             rc = err_interrupted();
     }
@@ -296,12 +340,12 @@ int capture_inputs(struct capture *c, int layer, enum gemma_fused set, const str
         [FUSED_QKV] = to_qkv, [FUSED_O] = to_o, [FUSED_GATE_UP] = to_gate_up, [FUSED_DOWN] = to_down};
     /* nothing is carried out of a step that only norms, nor of the MLP's where its result is not kept */
     const bool idle = set == FUSED_QKV || (set == FUSED_DOWN && !c->plan.keep_inner);
-    return !h && idle ? 0 : run_steps(c, layer, steps[set], h);
+    return !h && idle ? 0 : run_steps(c, layer, steps[set], h, set);
 }
 
 int capture_end(struct capture *c, int layer)
 {
-    return run_steps(c, layer, to_end, NULL);
+    return run_steps(c, layer, to_end, NULL, N_FUSED);
 }
 
 /* --- the beginning ---------------------------------------------------------------------------------------------- */
@@ -327,13 +371,13 @@ static int embed_all(struct capture *c)
 }
 
 int capture_open(struct capture **out, struct weights *w, const struct dataset *data,
-                 const struct capture_plan *plan, int32_t skip_id)
+                 const struct capture_plan *plan, int32_t skip_id, struct work_clock *clock)
 {
     *out = NULL;
     struct capture *c = mem_alloc(1, sizeof *c, "the calibration pass");
     if (!c)
         return ERR_MEMORY;
-    *c = (struct capture){.w = w, .data = data, .plan = *plan, .skip_id = skip_id};
+    *c = (struct capture){.w = w, .data = data, .plan = *plan, .skip_id = skip_id, .clock = clock};
     int rc = take_memory(c);
     if (!rc)
         rc = embed_all(c);

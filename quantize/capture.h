@@ -6,6 +6,7 @@
 #define GEMCUT_QUANTIZE_CAPTURE_H
 
 #include "calib/dataset.h"
+#include "quantize/work.h"
 #include "runtime/weights.h"
 
 struct capture;
@@ -25,7 +26,7 @@ void capture_plan(struct capture_plan *out, const struct gemma_config *c, const 
 /* w: opened; the outer part is loaded for the embeddings and given back. skip_id: a token whose rows stay out of the
  * Hessians, e.g. <bos>, or −1. */
 int capture_open(struct capture **out, struct weights *w, const struct dataset *data,
-                 const struct capture_plan *plan, int32_t skip_id);
+                 const struct capture_plan *plan, int32_t skip_id, struct work_clock *clock);
 void capture_close(struct capture *c);
 
 /* Brings all tokens to the inputs of a set of linears in `layer`, whose block is loaded, and adds them to the Hessian

@@ -10,8 +10,20 @@
 #include "quantize/staging.h"
 
 #include <math.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+
+/* What is not quantized is passed on by a thread of its own while a calibrated run begins. */
+struct copying {
+    pthread_t thread;
+    bool started;
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    bool done;
+    int rc;
+    char *message; /* of its failure */
+};
 
 struct cut {
     struct cut_options options;
@@ -27,6 +39,8 @@ struct cut {
     const struct dataset *data; /* NULL, unless calibrated */
     int32_t bos;
     double seconds[N_WORK];
+    struct pipeline_events events;
+    struct copying copying;
     struct journal *journal; /* while a calibrated run is under way */
     size_t n_recalled;       /* linears that an earlier run had finished */
 };
@@ -388,11 +402,60 @@ static int check_written(const struct cut *c, const struct cut_events *events)
     return rc;
 }
 
+static void *copy_rest(void *arg)
+{
+    struct cut *c = arg;
+    const int rc = pipeline_run(c->pipeline, c->pool, &c->backend, &c->events);
+    pthread_mutex_lock(&c->copying.lock);
+    c->copying.rc = rc;
+    c->copying.message = rc < 0 ? mem_strdup(err_message()) : NULL;
+    c->copying.done = true;
+    pthread_cond_broadcast(&c->copying.changed);
+    pthread_mutex_unlock(&c->copying.lock);
+    return NULL;
+}
+
+static int copying_start(struct cut *c)
+{
+    pthread_mutex_init(&c->copying.lock, NULL);
+    pthread_cond_init(&c->copying.changed, NULL);
+    if (pthread_create(&c->copying.thread, NULL, copy_rest, c))
+        return err_set(ERR_MEMORY, "cannot start a thread to copy tensors");
+    c->copying.started = true;
+    return 0;
+}
+
+/* Until it is done; its error. */
+static int copying_wait(struct cut *c)
+{
+    struct copying *k = &c->copying;
+    pthread_mutex_lock(&k->lock);
+    while (!k->done)
+        pthread_cond_wait(&k->changed, &k->lock);
+    const int rc = k->rc < 0 ? err_set((enum err)k->rc, "%s", k->message ? k->message : "out of memory") : 0;
+    pthread_mutex_unlock(&k->lock);
+    return rc;
+}
+
+static void copying_end(struct cut *c)
+{
+    if (!c->copying.started)
+        return;
+    pthread_join(c->copying.thread, NULL);
+    pthread_mutex_destroy(&c->copying.lock);
+    pthread_cond_destroy(&c->copying.changed);
+    free(c->copying.message);
+    c->copying = (struct copying){0};
+}
+
+/* A weight's hash is known when it has been read by the other thread. */
 static int deliver(void *ctx, const struct calibrated_linear *l)
 {
-    const struct cut *c = ctx;
+    struct cut *c = ctx;
     struct journal_entry entry;
-    const int rc = pipeline_deliver(c->pipeline, l->plan, &l->q, &l->stats, &entry);
+    int rc = copying_wait(c);
+    if (!rc)
+        rc = pipeline_deliver(c->pipeline, l, &entry);
     return rc ? rc : journal_add(c->journal, l->plan->tensor->name, &entry);
 }
 
@@ -400,7 +463,9 @@ static int recall(void *ctx, const struct linear_plan *plan, const struct qmat *
 {
     struct cut *c = ctx;
     const struct journal_entry *entry = journal_find(c->journal, plan->tensor->name);
-    const int rc = entry ? pipeline_recall(c->pipeline, plan, q, entry) : 0;
+    int rc = entry ? copying_wait(c) : 0;
+    if (!rc && entry)
+        rc = pipeline_recall(c->pipeline, plan, q, entry);
     c->n_recalled += rc > 0;
     return rc;
 }
@@ -432,24 +497,29 @@ static int calibrate(struct cut *c, const struct cut_events *events)
                                               .skip_id = r->calib.skip_bos ? c->bos : -1,
                                               .allow_nonfinite = r->allow_nonfinite};
     const struct calibrate_events inner = {.on_linear = deliver, .known = recall, .ctx = c};
+    c->events = (struct pipeline_events){.on_linear = events->on_linear, .ctx = events->ctx};
     if (events->on_stage)
         events->on_stage(events->ctx, CUT_CALIBRATE, cut_totals(c).n_linears);
-    return calibrate_run(&c->source, &c->plan, &c->backend, c->data, &options, &inner,
-                         c->options.count_time ? c->seconds : NULL);
+    int rc = copying_start(c);
+    if (!rc)
+        rc = calibrate_run(&c->source, &c->plan, &c->backend, c->data, &options, &inner,
+                           c->options.count_time ? c->seconds : NULL);
+    if (!rc)
+        rc = copying_wait(c);
+    copying_end(c);
+    return rc;
 }
 
 static int build(struct cut *c, const struct cut_events *events)
 {
-    const struct pipeline_events inner = {events->on_bytes, events->on_linear, events->ctx};
     if (events->on_stage)
         events->on_stage(events->ctx, CUT_QUANTIZE, pipeline_source_bytes(c->pipeline));
     int rc = c->data ? open_journal(c) : 0;
     if (!rc)
         rc = writer_begin(c->writer, c->options.resume);
+    c->events = (struct pipeline_events){events->on_bytes, events->on_linear, events->ctx};
     if (!rc)
-        rc = pipeline_run(c->pipeline, c->pool, &c->backend, &inner);
-    if (!rc && c->data)
-        rc = calibrate(c, events);
+        rc = c->data ? calibrate(c, events) : pipeline_run(c->pipeline, c->pool, &c->backend, &c->events);
     if (!rc)
         rc = staging_copy_side_files(&c->place, c->source.folder);
     if (!rc)

@@ -39,9 +39,12 @@ struct space {
 struct gptq {
     const struct backend *b;
     struct gptq_options o;
+    struct work_clock *clock;
     struct buf memory;
-    struct staged_buf order, sums; /* I32 [cols]; doubles, and one integer */
-    float *diagonal;               /* [cols], host */
+    struct staged_buf order; /* I32 [cols] */
+    struct staged_buf sums; /* doubles [parts, N_SUMS]; an integer that nobody reads, and one for each part */
+    const struct gptq_parts *parts;
+    float *diagonal; /* [cols], host */
     const struct mat *h;
     double ridge;   /* that was added to its diagonal */
     double damping; /* as a share of the mean, with what the factor took beyond that */
@@ -88,13 +91,13 @@ uint64_t gptq_bytes(const struct gptq_size *sizes, size_t n)
 }
 
 int gptq_open(struct gptq **out, const struct backend *b, const struct gptq_options *options,
-              const struct gptq_size *sizes, size_t n)
+              const struct gptq_size *sizes, size_t n, struct work_clock *clock)
 {
     *out = NULL;
     struct gptq *g = mem_alloc(1, sizeof *g, "GPTQ");
     if (!g)
         return ERR_MEMORY;
-    *g = (struct gptq){.b = b, .o = *options};
+    *g = (struct gptq){.b = b, .o = *options, .clock = clock};
     int64_t cols = 0;
     for (size_t i = 0; i < n; i++)
         cols = sizes[i].cols > cols ? sizes[i].cols : cols;
@@ -104,7 +107,8 @@ int gptq_open(struct gptq **out, const struct backend *b, const struct gptq_opti
         rc = b->core->acquire(b, gptq_bytes(sizes, n), "codes on their way", &g->memory);
     const struct staged_need needs[] = {
         {&g->order, (size_t)cols * sizeof(int32_t), "an order of columns"},
-        {&g->sums, N_SUMS * sizeof(double) + 2 * sizeof(int64_t), "errors"},
+        {&g->sums, GPTQ_MAX_PARTS * N_SUMS * sizeof(double) + (1 + GPTQ_MAX_PARTS) * sizeof(int64_t),
+         "errors"},
     };
     if (!rc)
         rc = backend_acquire_staged(b, needs, sizeof needs / sizeof *needs);
@@ -202,6 +206,8 @@ int gptq_prepare(struct gptq *g, const struct mat *h)
         rc = quant->factorize(g->b, h, &order, more, &s.work, &s.factor, &definite);
         g->damping = d;
     }
+    if (!rc)
+        rc = work_spent(g->clock, g->b, WORK_FACTOR);
     if (!rc && !definite)
         return err_set(ERR_FORMAT,
                        "the Hessian of the calibration's activations is not positive definite, even with %g "
@@ -275,7 +281,7 @@ static int refit_rows(const struct gptq *g, const struct mat *codes, const struc
         if (!rc)
             rc = b->quant->group_dots(b, &product, &behind, q->group, &a);
     }
-    int64_t *n_kept = (int64_t *)((double *)g->sums.device + N_SUMS);
+    int64_t *n_kept = (int64_t *)((double *)g->sums.device + GPTQ_MAX_PARTS * N_SUMS);
     return rc ? rc : b->quant->solve_scales(b, &normal, &rhs, g->o.search.positive_only, q, n_kept);
 }
 
@@ -291,22 +297,52 @@ static int refit(const struct gptq *g, const struct rounding *r, const struct sp
     return rc;
 }
 
-/* gradient = (W − Ŵ)·H; sums: Σ (W − Ŵ)⊙gradient, and next to it Σ (W − Ŵ)² */
-static int evaluate(const struct gptq *g, const struct rounding *r, const struct space *s, enum sum sum)
+/* sums[part][sum] = Σ x⊙y over the rows of each part */
+static int dots(const struct gptq *g, const struct mat *x, const struct mat *y, enum sum sum)
 {
-    const struct backend *b = g->b;
     double *sums = g->sums.device;
-    int rc = b->quant->residual(b, r, &s->pool);
+    int rc = 0;
+    for (int64_t i = 0, row = 0; !rc && i < g->parts->n; row += g->parts->rows[i++]) {
+        const struct mat u = mat_rows(x, row, g->parts->rows[i]), v = mat_rows(y, row, g->parts->rows[i]);
+        rc = g->b->core->dot(g->b, &u, &v, &sums[i * N_SUMS + sum]);
+    }
+    return rc;
+}
+
+/* gradient = (W − Ŵ)·H, W − Ŵ being left in the pool */
+static int find_gradient(const struct gptq *g, const struct rounding *r, const struct space *s)
+{
+    const int rc = g->b->quant->residual(g->b, r, &s->pool);
+    return rc ? rc : g->b->core->matmul(g->b, 1, &s->pool, g->h, false, &s->gradient);
+}
+
+/* Σ (W − Ŵ)⊙(W − Ŵ)·H, and next to it Σ (W − Ŵ)² */
+static int measure(const struct gptq *g, const struct rounding *r, const struct space *s, enum sum sum)
+{
+    int rc = find_gradient(g, r, s);
     if (!rc)
-        rc = b->core->matmul(b, 1, &s->pool, g->h, false, &s->gradient);
-    if (!rc)
-        rc = b->core->dot(b, &s->pool, &s->gradient, &sums[sum]);
-    return rc ? rc : b->core->dot(b, &s->pool, &s->pool, &sums[sum + 1]);
+        rc = dots(g, &s->pool, &s->gradient, sum);
+    return rc ? rc : dots(g, &s->pool, &s->pool, sum + 1);
+}
+
+/* Of every part: weights beyond their codes. */
+static int count_clipped(const struct gptq *g, const struct rounding *r)
+{
+    int64_t *counts = (int64_t *)((double *)g->sums.device + GPTQ_MAX_PARTS * N_SUMS) + 1;
+    int rc = 0;
+    for (int64_t i = 0, row = 0; !rc && i < g->parts->n; row += g->parts->rows[i++]) {
+        const int64_t n = g->parts->rows[i];
+        const struct mat w = mat_rows(r->w, row, n), codes = mat_rows(r->codes, row, n);
+        const struct qmat q = qmat_rows(r->q, row, n);
+        rc = g->b->quant->count_clipped(g->b, &(struct rounding){&w, &q, &codes}, &counts[i]);
+    }
+    return rc;
 }
 
 /* One pass over all columns, in panels as in the sweep; within a panel the changes go to a feedback of its own, so that
- * the gradient of every column, its own too, can be brought up to date by one product. */
-static int descend(const struct gptq *g, const struct rounding *r, const struct space *s)
+ * the gradient of every column, its own too, can be brought up to date by one product. After the last pass nobody asks
+ * for the gradient of columns that lie behind. */
+static int descend(const struct gptq *g, const struct rounding *r, const struct space *s, bool last)
 {
     const struct backend *b = g->b;
     const int64_t cols = r->w->cols;
@@ -326,10 +362,13 @@ static int descend(const struct gptq *g, const struct rounding *r, const struct 
                              behind = mat_cols(&s->feedback, next - panel, end - next);
             rc = b->core->matmul(b, -1, &changes, &h, true, &behind);
         }
+        const int64_t from = last ? end : 0;
+        if (rc < 0 || from == cols)
+            continue;
         const struct mat changes = mat_cols(&s->panel, 0, end - panel),
-                         h = mat_rows(g->h, panel, end - panel);
-        if (!rc)
-            rc = b->core->matmul(b, -1, &changes, &h, true, &s->gradient);
+                         rows = mat_rows(g->h, panel, end - panel), h = mat_cols(&rows, from, cols - from),
+                         gradient = mat_cols(&s->gradient, from, cols - from);
+        rc = b->core->matmul(b, -1, &changes, &h, true, &gradient);
     }
     return rc;
 }
@@ -340,11 +379,17 @@ static int refine(const struct gptq *g, const struct rounding *r, const struct s
     for (int round = 0; !rc && round < g->o.rounds; round++) {
         rc = refit(g, r, s);
         if (!rc)
-            rc = evaluate(g, r, s, SUM_ERROR);
+            rc = work_spent(g->clock, g->b, WORK_REFIT);
+        if (!rc)
+            rc = find_gradient(g, r, s);
         for (int pass = 0; !rc && pass < g->o.passes; pass++)
-            rc = descend(g, r, s);
+            rc = descend(g, r, s, pass + 1 == g->o.passes);
+        if (!rc)
+            rc = work_spent(g->clock, g->b, WORK_DESCEND);
     }
-    return rc || !g->o.rounds ? rc : refit(g, r, s);
+    if (!rc && g->o.rounds)
+        rc = refit(g, r, s);
+    return rc ? rc : work_spent(g->clock, g->b, WORK_REFIT);
 }
 
 /* --- one weight ------------------------------------------------------------------------------------------------- */
@@ -362,53 +407,68 @@ static int choose_scales(const struct gptq *g, const struct mat *w, const struct
 static int measure_nearest(const struct gptq *g, const struct rounding *r, const struct space *s)
 {
     const struct backend *b = g->b;
-    double *sums = g->sums.device;
     int rc = b->core->matmul(b, 1, r->w, g->h, false, &s->wh);
     if (!rc)
-        rc = b->core->dot(b, r->w, &s->wh, &sums[SUM_OUTPUT]);
+        rc = dots(g, r->w, &s->wh, SUM_OUTPUT);
     if (!rc)
-        rc = b->core->dot(b, r->w, r->w, &sums[SUM_WEIGHT]);
+        rc = dots(g, r->w, r->w, SUM_WEIGHT);
     if (!rc)
         rc = b->quant->round_codes(b, r);
-    return rc ? rc : evaluate(g, r, s, SUM_NEAREST);
+    if (!rc)
+        rc = measure(g, r, s, SUM_NEAREST);
+    return rc ? rc : work_spent(g->clock, b, WORK_MEASURE);
 }
 
 /* The damping's part in the squared output errors is taken out again: it stands for inputs that were not there. */
-static void make_stats(const struct gptq *g, struct gptq_stats *out)
+static struct gptq_stats make_stats(const struct gptq *g, int part, double n_weights)
 {
-    const double *sums = g->sums.host;
-    const double output = sums[SUM_OUTPUT] - g->ridge * sums[SUM_WEIGHT];
+    const double *sums = (const double *)g->sums.host + part * N_SUMS;
+    const int64_t *clipped = (const int64_t *)((const double *)g->sums.host + GPTQ_MAX_PARTS * N_SUMS) + 1;
+    const double whole = sums[SUM_OUTPUT] - g->ridge * sums[SUM_WEIGHT];
+    const double output =
+        whole > 1e-5 * sums[SUM_OUTPUT] ? whole : 0; /* less is what rounding leaves of no inputs */
     const double nearest = sums[SUM_NEAREST] - g->ridge * sums[SUM_NEAREST_PLAIN];
     const double error = sums[SUM_ERROR] - g->ridge * sums[SUM_ERROR_PLAIN];
-    *out = (struct gptq_stats){.nearest_error = output > 0 ? fmax(nearest / output, 0) : 0,
+    return (struct gptq_stats){.nearest_error = output > 0 ? fmax(nearest / output, 0) : 0,
                                .error = output > 0 ? fmax(error / output, 0) : 0,
                                .weight_error =
                                    sums[SUM_WEIGHT] > 0 ? sums[SUM_ERROR_PLAIN] / sums[SUM_WEIGHT] : 0,
                                .damping = g->damping,
+                               .clipped = (double)clipped[part] / n_weights,
                                .n_dead = g->n_dead};
 }
 
-int gptq_quantize(struct gptq *g, const struct mat *w, const struct qmat *q, struct gptq_stats *stats)
+int gptq_quantize(struct gptq *g, const struct mat *w, const struct qmat *q, const struct gptq_parts *parts,
+                  struct gptq_stats *stats)
 {
     const struct backend *b = g->b;
     const struct gptq_size size = {w->rows, w->cols, q->group};
     struct space s;
     lay_out(g->memory.ptr, &size, &s);
+    g->parts = parts;
     const struct rounding r = {w, q, &s.codes};
     int rc = choose_scales(g, w, q);
+    if (!rc)
+        rc = work_spent(g->clock, b, WORK_SEARCH);
     if (!rc)
         rc = measure_nearest(g, &r, &s);
     if (!rc && g->o.sweep)
         rc = sweep(g, &r, &s);
     if (!rc)
+        rc = work_spent(g->clock, b, WORK_SWEEP);
+    if (!rc)
         rc = refine(g, &r, &s);
     if (!rc)
-        rc = evaluate(g, &r, &s, SUM_ERROR);
+        rc = measure(g, &r, &s, SUM_ERROR);
+    if (!rc)
+        rc = count_clipped(g, &r);
+    if (!rc)
+        rc = work_spent(g->clock, b, WORK_MEASURE);
     if (!rc)
         rc = b->quant->pack_codes(b, &s.codes, q);
     if (!rc)
         rc = b->core->stage_out(b, &g->sums, 0, g->sums.bytes);
-    if (!rc)
-        make_stats(g, stats);
+    for (int i = 0; !rc && i < parts->n; i++)
+        stats[i] = make_stats(g, i, (double)(parts->rows[i] * w->cols));
     return rc;
 }

@@ -10,7 +10,7 @@
 #ifndef GEMCUT_QUANTIZE_GPTQ_H
 #define GEMCUT_QUANTIZE_GPTQ_H
 
-#include "kernels/backend.h"
+#include "quantize/work.h"
 
 struct gptq_options {
     bool sweep;         /* false: codes are the nearest, under scales that are searched all the same */
@@ -30,8 +30,6 @@ struct gptq_stats {
     int64_t n_dead; /* inputs that were always zero */
 };
 
-struct gptq_clock; /* seconds by kind of work */
-
 struct gptq;
 
 /* The largest sets of linears that will come: rows together, cols, columns of a group. */
@@ -39,18 +37,27 @@ struct gptq_size {
     int64_t rows, cols, group;
 };
 
-/* Memory for any of these sizes is taken from b. */
+/* Memory for any of these sizes is taken from b. The clock is told what it does. */
 int gptq_open(struct gptq **out, const struct backend *b, const struct gptq_options *options,
-              const struct gptq_size *sizes, size_t n);
+              const struct gptq_size *sizes, size_t n, struct work_clock *clock);
 void gptq_close(struct gptq *g);
 uint64_t gptq_bytes(const struct gptq_size *sizes, size_t n);
 
 /* Takes a finished Hessian F32 [cols, cols]: damps it in place, for all that follows, since directions that hardly any
  * input had must not cost nothing; finds the order of its columns and its factor. Inputs that were not finite, and a
- * matrix that no damping up to its mean diagonal makes positive definite, are ERR_DATA. */
+ * matrix that no damping up to its mean diagonal makes positive definite, are ERR_FORMAT. */
 int gptq_prepare(struct gptq *g, const struct mat *h);
 
-/* Quantizes a weight [rows, cols] whose inputs the last gptq_prepare saw: fills q's codes, scales and zero points. */
-int gptq_quantize(struct gptq *g, const struct mat *w, const struct qmat *q, struct gptq_stats *stats);
+/* Several linears as one weight, one below the other. */
+enum { GPTQ_MAX_PARTS = 3 };
+struct gptq_parts {
+    int n;
+    int64_t rows[GPTQ_MAX_PARTS];
+};
+
+/* Quantizes a weight [rows, cols] whose inputs the last gptq_prepare saw: fills q's codes, scales and zero points, and
+ * stats for each of its parts. */
+int gptq_quantize(struct gptq *g, const struct mat *w, const struct qmat *q, const struct gptq_parts *parts,
+                  struct gptq_stats *stats);
 
 #endif

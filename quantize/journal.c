@@ -14,6 +14,7 @@
 
 static const char schema[] = "gemcut.journal/1";
 static const size_t max_bytes = 256u << 20;
+static const int64_t max_count = (int64_t)1 << 53; /* that JSON numbers hold exactly */
 
 struct line {
     char *name;
@@ -85,6 +86,7 @@ int journal_add(struct journal *j, const char *name, const struct journal_entry 
     json_kv_double(&t, "damping", e->stats.damping);
     json_kv_double(&t, "clipped", e->stats.clipped);
     json_kv_int(&t, "dead", e->stats.n_dead);
+    json_kv_int(&t, "nonfinite", e->n_nonfinite);
     json_end_object(&t);
     const int rc = remember(j, name, e);
     if (rc < 0)
@@ -128,7 +130,9 @@ static int read_entry(struct journal *j, struct json o)
     for (size_t i = 0; !rc && i < sizeof numbers / sizeof *numbers; i++)
         rc = json_get_double(o, numbers[i].key, numbers[i].to);
     if (!rc)
-        rc = json_get_int(o, "dead", 0, INT64_MAX, &s->n_dead);
+        rc = json_get_int(o, "dead", 0, max_count, &s->n_dead);
+    if (!rc)
+        rc = json_get_int(o, "nonfinite", 0, max_count, &e.n_nonfinite);
     return rc ? rc : remember(j, name, &e);
 }
 

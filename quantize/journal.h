@@ -23,6 +23,7 @@ struct journal_entry {
     struct hash128 source;                /* of the weight */
     struct hash128 packed, scales, zeros; /* of what was written; zeros: where there are zero points */
     struct gptq_stats stats;
+    int64_t n_nonfinite;
 };
 
 struct journal;

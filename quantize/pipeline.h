@@ -12,7 +12,7 @@
 #include "base/parallel.h"
 #include "formats/checkpoint.h"
 #include "formats/writer.h"
-#include "quantize/gptq.h"
+#include "quantize/calibrate.h"
 #include "quantize/journal.h"
 #include "quantize/recipe.h"
 
@@ -57,8 +57,7 @@ int pipeline_run(struct pipeline *p, struct parallel *pool, const struct backend
 
 /* The result of a linear of a calibrated recipe: q on the host, rows without gaps. Once for each, in any order, after
  * pipeline_run; from one thread. *entry: what to note of it. */
-int pipeline_deliver(struct pipeline *p, const struct linear_plan *linear, const struct qmat *q,
-                     const struct gptq_stats *stats, struct journal_entry *entry);
+int pipeline_deliver(struct pipeline *p, const struct calibrated_linear *linear, struct journal_entry *entry);
 
 /* The same for a result that an earlier run has written, which is read into q: 1; or 0 where the weight is another now,
  * or the files do not hold what was noted. */

@@ -147,19 +147,21 @@ static struct item *find_item(struct pipeline *p, const struct linear_plan *line
     return &p->items[i];
 }
 
-static void note_result(struct pipeline *p, const struct item *it, const struct gptq_stats *stats)
+static void note_result(struct pipeline *p, const struct item *it, const struct gptq_stats *stats,
+                        int64_t n_nonfinite)
 {
     struct cut_linear *cut = &p->linears[it->cut];
     cut->error = sqrt(stats->weight_error);
     cut->stats = *stats;
+    cut->n_nonfinite = n_nonfinite;
     if (p->events->on_linear)
         p->events->on_linear(p->events->ctx, cut);
 }
 
-int pipeline_deliver(struct pipeline *p, const struct linear_plan *linear, const struct qmat *q,
-                     const struct gptq_stats *stats, struct journal_entry *entry)
+int pipeline_deliver(struct pipeline *p, const struct calibrated_linear *l, struct journal_entry *entry)
 {
-    const struct item *it = find_item(p, linear);
+    const struct item *it = find_item(p, l->plan);
+    const struct qmat *q = &l->q;
     struct written_tensor *out = &p->written[it->written];
     int rc = put_whole(p, it->id, q->packed.data, DTYPE_I32, 2, (int64_t[]){q->packed.rows, q->packed.cols},
                        &out[0].hash);
@@ -167,11 +169,12 @@ int pipeline_deliver(struct pipeline *p, const struct linear_plan *linear, const
         rc = pipeline_put_scales(p, it, q->scales.data, q->zeros.data, out);
     if (rc < 0)
         return rc;
-    note_result(p, it, stats);
+    note_result(p, it, &l->stats, l->n_nonfinite);
     *entry = (struct journal_entry){.source = p->linears[it->cut].source_hash,
                                     .packed = out[0].hash,
                                     .scales = out[1].hash,
-                                    .stats = *stats};
+                                    .stats = l->stats,
+                                    .n_nonfinite = l->n_nonfinite};
     if (q->zeros.data)
         entry->zeros = out[3].hash;
     return 0;
@@ -197,6 +200,6 @@ int pipeline_recall(struct pipeline *p, const struct linear_plan *linear, const 
     rc = pipeline_put_scales(p, it, q->scales.data, q->zeros.data,
                              out); /* the shape may not have been written yet */
     if (!rc)
-        note_result(p, it, &entry->stats);
+        note_result(p, it, &entry->stats, entry->n_nonfinite);
     return rc ? rc : 1;
 }

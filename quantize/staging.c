@@ -162,7 +162,8 @@ int staging_files(const struct staging *w, struct file_list *out)
     size_t n = 0;
     for (size_t i = 0; i < out->n; i++) {
         char *name = out->names[i];
-        if (name[0] == '.' || !strcmp(name, RECORD_NAME) || text_ends_with(name, ".safetensors") || text_ends_with(name, ".index.json"))
+        if (name[0] == '.' || !strcmp(name, RECORD_NAME) || text_ends_with(name, ".safetensors") ||
+            text_ends_with(name, ".index.json"))
             free(name);
         else
             out->names[n++] = name;

@@ -155,6 +155,7 @@ const struct core_ops cpu_core_ops = {
     .split_qkv = cpu_split_qkv,
     .attention = cpu_attention,
     .geglu = cpu_geglu,
+    .over_norm = cpu_over_norm,
     .softcap = cpu_softcap,
     .compare_rows = cpu_compare_rows,
     .sample_rows = cpu_sample_rows,

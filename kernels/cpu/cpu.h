@@ -54,6 +54,7 @@ int cpu_rope_table(const struct backend *b, const float *inv_freq, int64_t first
 int cpu_split_qkv(const struct backend *b, const struct qkv_spec *spec, const struct mat *qkv,
                   const struct mat *q, const struct mat *keys, const struct mat *values);
 int cpu_geglu(const struct backend *b, const struct mat *gate, const struct mat *up, const struct mat *out);
+int cpu_over_norm(const struct backend *b, const struct mat *x, const struct mat *y, const struct mat *out);
 int cpu_softcap(const struct backend *b, const struct mat *x, float cap);
 int cpu_gemm(const struct backend *b, const struct mat *x, const struct mat *w, const struct mat *out);
 int cpu_q_gemm(const struct backend *b, const struct mat *x, const struct qmat *w, const struct mat *out);
@@ -86,6 +87,7 @@ int cpu_group_dots(const struct backend *b, const struct mat *x, const struct ma
 int cpu_solve_scales(const struct backend *b, const struct mat *a, const struct mat *rhs, bool positive_only,
                      const struct qmat *q, int64_t *n_kept);
 int cpu_residual(const struct backend *b, const struct rounding *r, const struct mat *out);
+int cpu_count_clipped(const struct backend *b, const struct rounding *r, int64_t *count);
 int cpu_pack_codes(const struct backend *b, const struct mat *codes, const struct qmat *q);
 
 /* Dequantizes rows [row, row + n) of q as floats (BF16 values) into out [n, cols]. */

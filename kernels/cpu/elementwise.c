@@ -282,6 +282,43 @@ int cpu_geglu(const struct backend *b, const struct mat *gate, const struct mat 
     return parallel_for(cpu_state(b)->pool, n_runs(out->rows), geglu_task, &j);
 }
 
+struct over_job {
+    const struct mat *x, *y, *out;
+};
+
+CPU_CLONES static void over_row(const float *x, const float *y, float *out, int64_t n, int64_t n_y)
+{
+    vfloat sum = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n_y; i += LANES)
+        sum += vload(y + i) * vload(y + i);
+    float total = vsum(sum);
+    for (; i < n_y; i++)
+        total += y[i] * y[i];
+    const float factor = total == 0 ? 0 : 1 / sqrtf(total / (float)n_y);
+    for (int64_t k = 0; k < n; k++)
+        out[k] = x[k] * factor;
+}
+
+static int over_task(void *ctx, size_t run, int worker)
+{
+    (void)worker;
+    const struct over_job *j = ctx;
+    for (int64_t r = (int64_t)run * RUN; r < run_end(run, j->out->rows); r++)
+        over_row(row_of(j->x, r), row_of(j->y, r), row_of(j->out, r), j->out->cols, j->y->cols);
+    return 0;
+}
+
+int cpu_over_norm(const struct backend *b, const struct mat *x, const struct mat *y, const struct mat *out)
+{
+    check_f32(x);
+    check_f32(y);
+    check_f32(out);
+    CHECK(x->rows == out->rows && y->rows == out->rows && x->cols == out->cols);
+    struct over_job j = {x, y, out};
+    return parallel_for(cpu_state(b)->pool, n_runs(out->rows), over_task, &j);
+}
+
 int cpu_softcap(const struct backend *b, const struct mat *x, float cap)
 {
     (void)b;

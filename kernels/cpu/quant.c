@@ -339,5 +339,6 @@ const struct quant_ops cpu_quant_ops = {
     .group_dots = cpu_group_dots,
     .solve_scales = cpu_solve_scales,
     .residual = cpu_residual,
+    .count_clipped = cpu_count_clipped,
     .pack_codes = cpu_pack_codes,
 };

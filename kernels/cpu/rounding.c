@@ -65,6 +65,21 @@ int cpu_residual(const struct backend *b, const struct rounding *r, const struct
     return rc ? rc : parallel_for(cpu_state(b)->pool, (size_t)r->w->rows, residual_row, &j);
 }
 
+int cpu_count_clipped(const struct backend *b, const struct rounding *r, int64_t *count)
+{
+    (void)b;
+    const int rc = cpu_check_rounding(r, "count_clipped");
+    const float half = (float)(1 << (r->q->bits - 1));
+    *count = 0;
+    for (int64_t row = 0; !rc && row < r->w->rows; row++)
+        for (int64_t c = 0; c < r->w->cols; c++) {
+            const struct step s = step_of(r->q, row, c / r->q->group);
+            const float t = load_one(r->w, row, c) / s.scale + s.zero;
+            *count += t < -half - 0.5f || t > half - 0.5f;
+        }
+    return rc;
+}
+
 struct pack_job {
     const struct mat *codes;
     const struct qmat *q;

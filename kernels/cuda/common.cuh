@@ -68,6 +68,7 @@ int cuda_split_qkv(const struct backend *b, const struct qkv_spec *spec, const s
 int cuda_attention(const struct backend *b, const struct attention_spec *spec, const struct mat *q,
                    const struct mat *keys, const struct mat *values, const struct mat *out);
 int cuda_geglu(const struct backend *b, const struct mat *gate, const struct mat *up, const struct mat *out);
+int cuda_over_norm(const struct backend *b, const struct mat *x, const struct mat *y, const struct mat *out);
 int cuda_softcap(const struct backend *b, const struct mat *x, float cap);
 int cuda_compare_rows(const struct backend *b, const struct mat *logits_a, const struct mat *logits_b,
                       const int32_t *targets, struct row_comparison *out);
@@ -101,6 +102,7 @@ int cuda_group_dots(const struct backend *b, const struct mat *x, const struct m
 int cuda_solve_scales(const struct backend *b, const struct mat *a, const struct mat *rhs, bool positive_only,
                       const struct qmat *q, int64_t *n_kept);
 int cuda_residual(const struct backend *b, const struct rounding *r, const struct mat *out);
+int cuda_count_clipped(const struct backend *b, const struct rounding *r, int64_t *count);
 int cuda_pack_codes(const struct backend *b, const struct mat *codes, const struct qmat *q);
 }
 

@@ -231,6 +231,7 @@ static struct core_ops make_core_ops(void)
     o.split_qkv = cuda_split_qkv;
     o.attention = cuda_attention;
     o.geglu = cuda_geglu;
+    o.over_norm = cuda_over_norm;
     o.softcap = cuda_softcap;
     o.compare_rows = cuda_compare_rows;
     o.sample_rows = cuda_sample_rows;
@@ -257,6 +258,7 @@ static struct quant_ops make_quant_ops(void)
     o.group_dots = cuda_group_dots;
     o.solve_scales = cuda_solve_scales;
     o.residual = cuda_residual;
+    o.count_clipped = cuda_count_clipped;
     o.pack_codes = cuda_pack_codes;
     return o;
 }

@@ -513,6 +513,51 @@ extern "C" int cuda_geglu(const struct backend *b, const struct mat *gate, const
     return rc;
 }
 
+/* A block for each row. */
+template <int V>
+static __global__ void over_norm_kernel(const bf16 *x, int64_t x_stride, const bf16 *y, int64_t y_stride,
+                                        int64_t y_cols, bf16 *out, int64_t out_stride, int64_t cols)
+{
+    __shared__ float shared[THREADS / 32];
+    const int64_t row = blockIdx.x;
+    float sum = 0;
+    for (int64_t c = (int64_t)threadIdx.x * V; c < y_cols; c += THREADS * V) {
+        float e[V];
+        load<bf16, V>(y + row * y_stride + c, e);
+#pragma unroll
+        for (int i = 0; i < V; i++)
+            sum += e[i] * e[i];
+    }
+    sum = block_sum(sum, shared);
+    const float factor = sum == 0 ? 0 : rsqrtf(sum / (float)y_cols);
+    for (int64_t c = (int64_t)threadIdx.x * V; c < cols; c += THREADS * V) {
+        float e[V];
+        load<bf16, V>(x + row * x_stride + c, e);
+#pragma unroll
+        for (int i = 0; i < V; i++)
+            e[i] *= factor;
+        store<bf16, V>(out + row * out_stride + c, e);
+    }
+}
+
+extern "C" int cuda_over_norm(const struct backend *b, const struct mat *x, const struct mat *y,
+                              const struct mat *out)
+{
+    CHECK(x->rows == out->rows && y->rows == out->rows && x->cols == out->cols);
+    const struct mat *acts[] = {x, y, out};
+    int rc = 0;
+    for (int i = 0; !rc && i < 3; i++)
+        rc = check_dtype(acts[i], DTYPE_BF16, "over_norm");
+    if (rc < 0 || out->rows == 0)
+        return rc;
+    const bool pieces = in_pieces(x, 16) && in_pieces(y, 16) && in_pieces(out, 16);
+    (pieces ? over_norm_kernel<8>
+            : over_norm_kernel<1>)<<<(unsigned)out->rows, THREADS, 0, cuda_state(b)->stream>>>(
+        (const bf16 *)x->data, x->stride, (const bf16 *)y->data, y->stride, y->cols, (bf16 *)out->data,
+        out->stride, out->cols);
+    return cuda_launched("over_norm");
+}
+
 static __global__ void softcap_kernel(float *x, int64_t rows, int64_t cols, int64_t stride, float cap)
 {
     const int64_t n = rows * cols, step = (int64_t)gridDim.x * THREADS;

@@ -83,6 +83,37 @@ extern "C" int cuda_residual(const struct backend *b, const struct rounding *r, 
     return cuda_launched("residual");
 }
 
+static __global__ void count_clipped_kernel(const void *w, enum dtype dtype, int64_t w_stride,
+                                            struct grid_view v, unsigned long long *count)
+{
+    const struct share s = share_of(v.rows, v.cols);
+    const struct code_range range = code_range(v.bits);
+    int n = 0;
+    if (s.n) {
+        const struct group_scale g = group_scale_at(v, s.row, s.col);
+        for (int i = 0; i < s.n; i++) {
+            const float t = load_as_float(w, dtype, s.row * w_stride + s.col + i) / g.scale + g.zero;
+            n += t < range.low - 0.5f || t > range.high + 0.5f;
+        }
+    }
+    n = warp_sum(n);
+    if (threadIdx.x % 32 == 0 && n)
+        atomicAdd(count, (unsigned long long)n);
+}
+
+extern "C" int cuda_count_clipped(const struct backend *b, const struct rounding *r, int64_t *count)
+{
+    int rc = check_rounding(r, "count_clipped");
+    const cudaStream_t stream = cuda_state(b)->stream;
+    if (!rc)
+        rc = cuda_status(cudaMemsetAsync(count, 0, sizeof *count, stream), "count_clipped");
+    if (rc < 0 || r->w->rows == 0 || r->w->cols == 0)
+        return rc;
+    count_clipped_kernel<<<blocks_of_shares(r->w->rows, r->w->cols), THREADS, 0, stream>>>(
+        r->w->data, r->w->dtype, r->w->stride, grid_view_of(r->q, r->codes), (unsigned long long *)count);
+    return cuda_launched("count_clipped");
+}
+
 /* A thread for each word, all of whose columns are in one group. */
 static __global__ void pack_codes_kernel(struct grid_view v, uint32_t *packed, int64_t words,
                                          int64_t packed_stride)

@@ -293,6 +293,36 @@ static void test_geglu_extremes(void **state)
     parity_print(&o, "relative L2 error");
 }
 
+struct over_args {
+    struct twin x, y, out;
+};
+
+static int run_over(const struct backend *b, enum side s, const void *args)
+{
+    const struct over_args *a = args;
+    return b->core->over_norm(b, &a->x.m[s], &a->y.m[s], &a->out.m[s]);
+}
+
+static void test_over_norm(void **state)
+{
+    (void)state;
+    static const int64_t widths[] = {1, 15, 16, 640, 2560, 10240};
+    struct outcome o = {"over_norm", act_bound, 0, 0};
+    for (size_t i = 0; i < N_OF(widths) * 2 * 3; i++) {
+        const int64_t cols = widths[i % 6], y_cols = i / 6 % 2 ? 640 : 33, slack = slacks[i / 12];
+        struct over_args a = {twin_random(ACT, 21, cols, slack, 3), twin_random(ACT, 21, y_cols, slack, 50),
+                              twin_make(ACT, 21, cols, slack)};
+        for (int64_t c = 0; c < y_cols; c++)
+            twin_put(&a.y, 7, c, 0);
+        twin_upload(&a.y);
+        char text[80];
+        snprintf(text, sizeof text, "%d over %d, slack %d", (int)cols, (int)y_cols, (int)slack);
+        parity_case(run_over, &a, &(struct result){&o, &a.out, false}, 1, text);
+        parity_free();
+    }
+    parity_print(&o, "relative L2 error");
+}
+
 struct softcap_args {
     struct twin x;
     float cap;
@@ -431,6 +461,7 @@ int main(int argc, char **argv)
         cmocka_unit_test_teardown(test_rope_table, parity_clean_up),
         cmocka_unit_test_teardown(test_split_qkv, parity_clean_up),
         cmocka_unit_test_teardown(test_geglu, parity_clean_up),
+        cmocka_unit_test_teardown(test_over_norm, parity_clean_up),
         cmocka_unit_test_teardown(test_geglu_extremes, parity_clean_up),
         cmocka_unit_test_teardown(test_softcap, parity_clean_up),
         cmocka_unit_test_teardown(test_nan_stays_in_a_row, parity_clean_up),

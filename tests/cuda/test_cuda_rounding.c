@@ -153,6 +153,20 @@ static void check_packing(struct subject *s)
     assert_memory_equal(packed.m[CPU].data, quantized.m[CPU].data, twin_bytes(&packed));
 }
 
+/* The two may fall on either side of the bound where a weight lies on it. */
+static void check_clipped(struct subject *s)
+{
+    int64_t count[N_SIDES];
+    for (int on = 0; on < N_SIDES; on++) {
+        const struct qmat q = grid_of(s, on);
+        int64_t *place = parity_memory(on, sizeof *place);
+        assert_ok(side[on].quant->count_clipped(&side[on],
+                                                &(struct rounding){&s->w.m[on], &q, &s->codes.m[on]}, place));
+        assert_ok(side[on].core->download(&side[on], &count[on], place, sizeof *place));
+    }
+    assert_true(llabs(count[CPU] - count[DEVICE]) <= 1 + count[CPU] / 1000);
+}
+
 static void test_codes(void **state)
 {
     (void)state;
@@ -162,6 +176,7 @@ static void test_codes(void **state)
         expect_same_bytes(&s.scales, &s, "scales");
         expect_same_bytes(&s.codes, &s, "codes");
         check_packing(&s);
+        check_clipped(&s);
         struct twin out = twin_make(DTYPE_F32, s.shape.rows, s.shape.cols, 2);
         parity_case(run_residual, (const void *[]){&s, &out}, &(struct result){&o, &out, true}, 1,
                     text_of(&s));

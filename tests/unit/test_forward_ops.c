@@ -247,6 +247,46 @@ static void test_geglu(void **state)
     print_outcome(&o);
 }
 
+struct over_args {
+    const struct mat *x, *y;
+};
+
+static int run_over(const struct backend *b, const void *args, const struct mat *out)
+{
+    const struct over_args *a = args;
+    return b->core->over_norm(b, a->x, a->y, out);
+}
+
+static void test_over_norm(void **state)
+{
+    (void)state;
+    static const int64_t widths[] = {1, 15, 16, 33, 1001}, y_widths[] = {1, 17, 64};
+    struct outcome o = {"over_norm", 1e-6, 0, 0};
+    for (size_t i = 0; i < N_OF(widths) * N_OF(y_widths); i++) {
+        const int64_t rows = 37, cols = widths[i % N_OF(widths)], y_cols = y_widths[i / N_OF(widths)];
+        const struct mat x = make_random(DTYPE_F32, rows, cols, 3),
+                         y = make_random(DTYPE_F32, rows, y_cols, 100), out = make(DTYPE_F32, rows, cols);
+        double *expected = room((size_t)(rows * cols), sizeof *expected), size_squared = 0;
+        for (int64_t c = 0; c < y_cols; c++)
+            put(&y, 5, c, 0); /* no output at all: nothing can be said of it */
+        for (int64_t r = 0; r < rows; r++) {
+            double sum = 0;
+            for (int64_t c = 0; c < y_cols; c++)
+                sum += pow((double)at(&y, r, c), 2);
+            for (int64_t c = 0; c < cols; c++) {
+                expected[r * cols + c] = r == 5 ? 0 : (double)at(&x, r, c) / sqrt(sum / (double)y_cols);
+                size_squared += pow(expected[r * cols + c], 2);
+            }
+        }
+        char text[60];
+        snprintf(text, sizeof text, "%d over %d", (int)cols, (int)y_cols);
+        run_everywhere(run_over, &(struct over_args){&x, &y}, &out, text);
+        check(&o, &out, expected, size_squared, text);
+        free_matrices();
+    }
+    print_outcome(&o);
+}
+
 struct softcap_args {
     const struct mat *x;
     float cap;
@@ -454,6 +494,7 @@ int main(void)
         cmocka_unit_test_teardown(test_rms_norm_of_heads, clean_up),
         cmocka_unit_test_teardown(test_add_norm, clean_up),
         cmocka_unit_test_teardown(test_geglu, clean_up),
+        cmocka_unit_test_teardown(test_over_norm, clean_up),
         cmocka_unit_test_teardown(test_softcap, clean_up),
         cmocka_unit_test_teardown(test_compare_rows, clean_up),
         cmocka_unit_test_teardown(test_compare_extremes, clean_up),

@@ -61,15 +61,25 @@ static struct gptq_options options_of(const struct shape *s, int rounds, int pas
                                  .scales = s->scales};
 }
 
+static struct mat copy_of(const struct mat *m)
+{
+    const struct mat copy = make_random(DTYPE_F32, m->rows, m->cols, 1);
+    for (int64_t r = 0; r < m->rows; r++)
+        memcpy((float *)copy.data + r * copy.stride, (const float *)m->data + r * m->stride,
+               (size_t)m->cols * sizeof(float));
+    return copy;
+}
+
 static int try(const struct backend *b, const struct problem *p, const struct gptq_options *o,
                const struct qmat *q, struct gptq_stats *stats)
 {
     const struct gptq_size size = {p->w.rows, p->w.cols, q->group};
     struct gptq *g;
-    assert_ok(gptq_open(&g, b, o, &size, 1));
-    int rc = gptq_prepare(g, &p->h);
+    assert_ok(gptq_open(&g, b, o, &size, 1, &(struct work_clock){0}));
+    const struct mat h = copy_of(&p->h); /* which is damped in place */
+    int rc = gptq_prepare(g, &h);
     if (!rc)
-        rc = gptq_quantize(g, &p->w, q, stats);
+        rc = gptq_quantize(g, &p->w, q, &(struct gptq_parts){1, {p->w.rows}}, stats);
     gptq_close(g);
     return rc;
 }
@@ -261,7 +271,7 @@ static const struct shape property_shapes[] = {
  * optimum a step may cost what it amounts to. With 8 bits it is up to half a step. */
 static double slack_of(const struct shape *s)
 {
-    return s->bits == 4 ? 1.001 : 1.01;
+    return s->bits == 4 ? 1.001 : 1.05;
 }
 
 /* *worst: the most that a step raised the error, as a share of it. */
@@ -286,7 +296,8 @@ static void test_properties(void **state)
         const struct qmat q = make_result(s);
         double by_rounds[N], by_passes[N];
         for (int n = 0; n < N; n++) {
-            const struct gptq_options rounds = options_of(s, n, 2), passes = options_of(s, 1, n);
+            struct gptq_options rounds = options_of(s, n, 2), passes = options_of(s, 1, n);
+            rounds.damping = passes.damping = 1e-6; /* what is told leaves out its part */
             const struct gptq_stats stats = solve(&p, &rounds, &q);
             if (!(stats.error > 0 && stats.error < stats.nearest_error))
                 fail_msg("%s, %d rounds: error %.6g, nearest %.6g", shape_text(s), n, stats.error,
@@ -403,7 +414,7 @@ static void test_no_inputs(void **state)
         const struct gptq_stats stats = solve(&p, &o, &q);
         assert_int_equal(stats.n_dead, plain.cols);
         assert_true(stats.error == 0 && stats.nearest_error == 0 && stats.weight_error < 0.05);
-        for (int64_t c = 0; c < plain.cols; c++)
+        for (int64_t c = 0; !rounds && c < plain.cols; c++) /* later scales are fitted to the codes */
             check_nearest(&p, &q, c);
         free_matrices();
     }
@@ -537,18 +548,19 @@ static void test_several_weights(void **state)
         sizes[i] = (struct gptq_size){shapes[i].rows, shapes[i].cols, group_of(&shapes[i])};
     const struct gptq_options o = options_of(&shapes[0], 1, 1);
     struct gptq *g;
-    assert_ok(gptq_open(&g, &cpu[0], &o, sizes, N_OF(sizes)));
+    assert_ok(gptq_open(&g, &cpu[0], &o, sizes, N_OF(sizes), &(struct work_clock){0}));
     for (size_t i = 0; i < N_OF(shapes); i++) {
         const struct shape *s = &shapes[i];
         struct problem p = make_problem(s, s->cols);
-        assert_ok(gptq_prepare(g, &p.h));
+        const struct mat h = copy_of(&p.h);
+        assert_ok(gptq_prepare(g, &h));
         for (int k = 0; k < 3; k++) {
             p.w = make_random(s->dtype, s->rows - k, s->cols, 0.1);
             struct shape own = *s;
             own.rows = p.w.rows;
             const struct qmat q = make_result(&own), alone = make_result(&own);
             struct gptq_stats stats;
-            assert_ok(gptq_quantize(g, &p.w, &q, &stats));
+            assert_ok(gptq_quantize(g, &p.w, &q, &(struct gptq_parts){1, {p.w.rows}}, &stats));
             solve(&p, &o, &alone);
             if (!same_result(&q, &alone))
                 fail_msg("%s: weight %d is another one after those before it", shape_text(s), k);

@@ -11,6 +11,14 @@
 
 enum { SAMPLES = 4, LENGTH = 24, N_LINEARS = 14 };
 
+static const struct tiny_gemma small = {.hidden = 64,
+                                        .ffn = 96,
+                                        .vocab = 128,
+                                        .layers = 2,
+                                        .heads = 2,
+                                        .kv_heads = 1,
+                                        .head_dim = 32,
+                                        .dtype = DTYPE_BF16};
 static struct dataset data = {.samples = SAMPLES, .length = LENGTH};
 
 static int make_data(void **state)
@@ -18,14 +26,14 @@ static int make_data(void **state)
     (void)state;
     static int32_t ids[SAMPLES * LENGTH];
     for (int i = 0; i < SAMPLES * LENGTH; i++)
-        ids[i] = i % LENGTH ? (i * 7919 + 13) % (int32_t)tiny_gemma_plain.vocab : 2;
+        ids[i] = i % LENGTH ? (i * 7919 + 13) % (int32_t)small.vocab : 2;
     data.ids = ids;
     return support_make_folder(state);
 }
 
 static struct cut_options options(const char *out)
 {
-    struct cut_options o = cutting_options(cutting_model("plain", &tiny_gemma_plain), out);
+    struct cut_options o = cutting_options(cutting_model("small", &small), out);
     o.recipe.method = "gptq";
     o.recipe.scheme = (struct quant_scheme){4, false, 32}; /* with zero points: they are packed */
     o.recipe.scales.rule = SCALE_BLOCK;

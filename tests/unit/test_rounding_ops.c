@@ -3,6 +3,7 @@
  * give the same bytes. */
 #include "tests/unit/kernel_cases.h"
 #include "tests/unit/naive.h"
+#include "base/half.h"
 #include "tests/unit/rounding_support.h"
 
 #include <math.h>
@@ -139,6 +140,34 @@ static void test_residual(void **state)
         check_gaps(&out, kind_text(&p));
         free_matrices();
     }
+}
+
+/* Scales as they are found clip nothing or next to it, so every other one is made smaller. */
+static void test_count_clipped(void **state)
+{
+    (void)state;
+    int64_t most = 0;
+    for (size_t t = 0; t < N_OF(float_types) * N_OF(kinds); t++) {
+        struct placed p;
+        make_placed(&p, float_types[t % N_OF(float_types)], &kinds[t / N_OF(float_types)], 7, 300);
+        uint16_t *scales = p.q.scales.data;
+        for (int64_t r = 0; r < 7; r += 2)
+            for (int64_t g = 0; g < p.q.scales.cols; g++)
+                scales[r * p.q.scales.stride + g] =
+                    half_to_bf16(half_from_bf16(scales[r * p.q.scales.stride + g]) * 0.6f);
+        const int half = 1 << (p.q.bits - 1);
+        int64_t expected = 0, count = -1;
+        for (int64_t r = 0; r < 7; r++)
+            for (int64_t c = 0; c < 300; c++) {
+                const double t_c = naive_element(&p.w, r, c) / scale_at(&p.q, r, c) + zero_at(&p.q, r, c);
+                expected += t_c < -half - 0.5 || t_c > half - 0.5;
+            }
+        assert_ok(cpu[0].quant->count_clipped(&cpu[0], &p.r, &count));
+        assert_int_equal(count, expected);
+        most = expected > most ? expected : most;
+        free_matrices();
+    }
+    assert_true(most > 50);
 }
 
 /* --- sweep_block ------------------------------------------------------------------------------------------------ */
@@ -411,6 +440,7 @@ int main(void)
         cmocka_unit_test_teardown(test_round_and_pack, clean_up),
         cmocka_unit_test_teardown(test_pack_every_code, clean_up),
         cmocka_unit_test_teardown(test_residual, clean_up),
+        cmocka_unit_test_teardown(test_count_clipped, clean_up),
         cmocka_unit_test_teardown(test_sweep_block, clean_up),
         cmocka_unit_test_teardown(test_descend_block, clean_up),
     };
