@@ -20,7 +20,7 @@
 struct args {
     const char *model, *out, *group_size, *report, *calib;
     int quality, method, scheme, scales, scale_sign, ragged, order, order_columns;
-    int64_t samples, length, seed, refine, passes;
+    int64_t samples, length, seed, refine;
     double damping;
     bool skip_bos;
     struct opt_list ignore, only, overrides;
@@ -140,17 +140,10 @@ static const struct opt options[] = {
     {.name = "refine",
      OPT_TO_INT(struct args, refine),
      .value = "N",
-     .initial = "2",
+     .initial = "8",
      .min = 0,
-     .max = 100,
-     .help = "rounds of better scales for the codes, then better codes for the scales; 0: none"},
-    {.name = "passes",
-     OPT_TO_INT(struct args, passes),
-     .value = "N",
-     .initial = "2",
-     .min = 0,
-     .max = 100,
-     .help = "over the codes in a round"},
+     .max = 1000,
+     .help = "passes of coordinate descent over scales and codes after GPTQ; 0: none"},
     {OPT_SECTION(
         "Selection; globs speak of tensor names, and whole fused sets (q/k/v, gate/up) are decided alike")},
     {.name = "ignore",
@@ -235,8 +228,7 @@ static int choose_method(const struct args *a, struct recipe *r)
                                    .skip_bos = a->skip_bos};
     r->natural_order = a->order_columns == 1;
     r->damping = a->damping;
-    r->rounds = sweep ? (int)a->refine : 0;
-    r->passes = sweep ? (int)a->passes : 0;
+    r->passes = sweep ? (int)a->refine : 0;
     return 0;
 }
 

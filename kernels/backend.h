@@ -270,10 +270,12 @@ struct quant_ops {
     int (*sweep_block)(const struct backend *b, const struct rounding *r, const struct mat *order,
                        const struct mat *factor, const struct mat *feedback, int64_t first,
                        const struct mat *errors);
-    /* Coordinate descent, columns [first, first + changes->cols): with g = gradient[:, column] + feedback (F32 [rows,
-     * n]), gradient F32 [rows, cols] = (w − ŵ)·H, column by column the code nearest to code + g / (Hⱼⱼ·scale), the
-     * change c = ŵ after − ŵ before, and g −= c·h[j, k] at the columns k behind it in this block. changes F32 [rows, n]
-     * = c. Columns with Hⱼⱼ = 0 stay. */
+    /* Coordinate descent, columns [first, first + changes->cols), with g = gradient[:, column] + feedback (F32 [rows, n]),
+     * gradient F32 [rows, cols] = (w − ŵ)·H. Group by group: where the block holds all of it, first the scale of least
+     * error for its codes c, s += g·c / cHcᵀ, rounded as it is stored and of the same sign, if it lowers the error; then
+     * column by column the code nearest to code + g / (Hⱼⱼ·scale). What changes is taken off g, change·h[j, k], at the
+     * columns k behind it in this block, for a scale in its own group too. changes F32 [rows, n] = ŵ after − ŵ before.
+     * Columns with Hⱼⱼ = 0 keep their codes. Groups are multiples of 32 columns or whole rows, and so is first. */
     int (*descend_block)(const struct backend *b, const struct rounding *r, const struct mat *h,
                          const struct mat *gradient, const struct mat *feedback, int64_t first,
                          const struct mat *changes);

@@ -373,21 +373,26 @@ static int descend(const struct gptq *g, const struct rounding *r, const struct 
     return rc;
 }
 
+/* Groups that a block of columns holds as a whole have their scales fitted on the way; longer ones before every pass. */
 static int refine(const struct gptq *g, const struct rounding *r, const struct space *s)
 {
+    const bool on_the_way = SWEEP_COLUMNS % r->q->group == 0 || r->w->cols <= SWEEP_COLUMNS;
+    const int passes = g->o.passes;
     int rc = 0;
-    for (int round = 0; !rc && round < g->o.rounds; round++) {
-        rc = refit(g, r, s);
+    for (int pass = 0; !rc && pass < passes; pass++) {
+        const bool last = pass + 1 == passes || !on_the_way;
+        if (!on_the_way)
+            rc = refit(g, r, s);
         if (!rc)
             rc = work_spent(g->clock, g->b, WORK_REFIT);
-        if (!rc)
+        if (!rc && (pass == 0 || !on_the_way))
             rc = find_gradient(g, r, s);
-        for (int pass = 0; !rc && pass < g->o.passes; pass++)
-            rc = descend(g, r, s, pass + 1 == g->o.passes);
+        if (!rc)
+            rc = descend(g, r, s, last);
         if (!rc)
             rc = work_spent(g->clock, g->b, WORK_DESCEND);
     }
-    if (!rc && g->o.rounds)
+    if (!rc && passes && !on_the_way)
         rc = refit(g, r, s);
     return rc ? rc : work_spent(g->clock, g->b, WORK_REFIT);
 }

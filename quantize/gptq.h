@@ -1,5 +1,5 @@
-/* GPTQ (Frantar et al. 2022, arXiv 2210.17323) for linears that read the same inputs, then two steps that need no
- * gradient either: scales by least squares for the codes that were found, and coordinate descent on the codes.
+/* GPTQ (Frantar et al. 2022, arXiv 2210.17323) for linears that read the same inputs, then
+ * refinement by coordinate descent over scales and codes.
  *
  * With e = w − ŵ the error of a row and H = Σ xᵀx over the calibration's inputs, a row's output error is eHeᵀ. Where the
  * original takes columns off an inverse, here H = M·D·Mᵀ with M unit upper triangular: eHeᵀ = Σ Dⱼ·(eM)ⱼ², and going
@@ -16,7 +16,7 @@ struct gptq_options {
     bool sweep;         /* false: codes are the nearest, under scales that are searched all the same */
     bool natural_order; /* columns as they stand */
     double damping;     /* added to the diagonal, as a share of its mean; raised where that is not enough */
-    int rounds, passes; /* scales and codes are refined so many times, the codes with so many passes */
+    int passes;         /* of refinement, over scales and codes */
     struct search_spec search;
     enum scale_rule scales; /* SCALE_WEIGHTED or SCALE_BLOCK: searched; others: from the weights alone */
 };

@@ -87,7 +87,6 @@ struct gptq_options recipe_gptq(const struct recipe *r)
         .sweep = !strcmp(r->method, "gptq"),
         .natural_order = r->natural_order,
         .damping = r->damping,
-        .rounds = r->rounds,
         .passes = r->passes,
         .search = {.block = r->scales.rule == SCALE_BLOCK, .positive_only = r->scales.positive_only},
         .scales = r->scales.rule};
@@ -453,8 +452,7 @@ void recipe_write(const struct recipe *r, struct text *out)
     if (r->calibrated) {
         json_kv_string(out, "order_columns", r->natural_order ? "natural" : "activation");
         json_kv_double(out, "damping", r->damping);
-        json_kv_int(out, "refine", r->rounds);
-        json_kv_int(out, "passes", r->passes);
+        json_kv_int(out, "refine", r->passes);
     }
     json_end_object(out);
 }

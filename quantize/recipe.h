@@ -30,7 +30,7 @@ struct recipe {
     struct calib_spec calib; /* what it looks at */
     bool natural_order;
     double damping;
-    int rounds, passes;
+    int passes;
     enum ragged_rule ragged;
     const char *const *ignore; /* globs on tensor names or on names without ".weight" */
     size_t n_ignore;

@@ -64,31 +64,90 @@ int cpu_sweep_block(const struct backend *b, const struct rounding *r, const str
     return rc ? rc : parallel_for(cpu_state(b)->pool, (size_t)r->w->rows, sweep_row, &j);
 }
 
+/* What a row's descent through a block works on; all [n]. */
+struct descent {
+    const struct block_job *j;
+    int64_t row, n;
+    int8_t *codes;
+    float *changes, g[SWEEP_COLUMNS];
+};
+
+static const float *block_h(const struct block_job *j, int64_t k)
+{
+    return (const float *)j->h->data + (j->first + k) * j->h->stride + j->first;
+}
+
+/* The scale of least error for the codes of columns [from, to) of the block, which are one group's:
+ * f(s + d) = f(s) − 2·d·(g·c) + d²·cHcᵀ. */
+static void fit_scale(struct descent *t, int64_t from, int64_t to)
+{
+    const struct qmat *q = t->j->r->q;
+    uint16_t *place =
+        (uint16_t *)q->scales.data + t->row * q->scales.stride + (t->j->first + from) / q->group;
+    const float old = half_from_bf16(*place);
+    float ch[SWEEP_COLUMNS] = {0}, gain = 0, curvature = 0;
+    for (int64_t k = from; k < to; k++) {
+        gain += t->g[k] * (float)t->codes[k];
+        add_scaled(ch, block_h(t->j, k), (float)t->codes[k], 0, t->n);
+    }
+    for (int64_t k = from; k < to; k++)
+        curvature += ch[k] * (float)t->codes[k];
+    const float wish = old + gain / curvature;
+    if (!(curvature > 0) || !isfinite(wish) || !(wish * old > 0))
+        return;
+    const float scale = cpu_storable_scale(wish), step = scale - old;
+    if (!(step * (step * curvature - 2 * gain) < 0))
+        return;
+    *place = half_to_bf16(scale);
+    for (int64_t k = from; k < to; k++)
+        t->changes[k] +=
+            half_round_bf16((float)t->codes[k] * scale) - half_round_bf16((float)t->codes[k] * old);
+    add_scaled(t->g, ch, -step, 0, t->n);
+}
+
+static void fit_codes(struct descent *t, int64_t from, int64_t to)
+{
+    const struct qmat *q = t->j->r->q;
+    const struct step s = step_of(q, t->row, (t->j->first + from) / q->group);
+    for (int64_t k = from; k < to; k++) {
+        const float *h = block_h(t->j, k);
+        const float old = (float)t->codes[k], wish = old + t->g[k] / (h[k] * s.scale);
+        if (!(h[k] > 0) || !isfinite(wish))
+            continue;
+        const float code = nearest(wish * s.scale, s, q->bits);
+        if (code == old)
+            continue;
+        const float change = half_round_bf16(code * s.scale) - half_round_bf16(old * s.scale);
+        t->codes[k] = (int8_t)code;
+        t->changes[k] += change;
+        add_scaled(t->g, h, -change, k + 1, t->n);
+    }
+}
+
 static int descend_row(void *ctx, size_t index, int worker)
 {
     (void)worker;
     const struct block_job *j = ctx;
     const struct rounding *r = j->r;
-    const int64_t row = (int64_t)index, n = j->out->cols;
-    int8_t *codes = (int8_t *)r->codes->data + row * r->codes->stride + j->first;
+    const int64_t row = (int64_t)index, n = j->out->cols, group = r->q->group;
     const float *gradient = (const float *)j->gradient->data + row * j->gradient->stride + j->first;
     const float *feedback = (const float *)j->feedback->data + row * j->feedback->stride;
-    float *changes = (float *)j->out->data + row * j->out->stride, g[SWEEP_COLUMNS];
-    for (int64_t k = 0; k < n; k++)
-        g[k] = gradient[k] + feedback[k];
+    struct descent t = {.j = j,
+                        .row = row,
+                        .n = n,
+                        .codes = (int8_t *)r->codes->data + row * r->codes->stride + j->first,
+                        .changes = (float *)j->out->data + row * j->out->stride};
     for (int64_t k = 0; k < n; k++) {
-        const float *h = (const float *)j->h->data + (j->first + k) * j->h->stride + j->first;
-        const struct step s = step_of(r->q, row, (j->first + k) / r->q->group);
-        const float old = (float)codes[k], wish = old + g[k] / (h[k] * s.scale);
-        changes[k] = 0;
-        if (!(h[k] > 0) || !isfinite(wish))
-            continue;
-        const float code = nearest(wish * s.scale, s, r->q->bits);
-        if (code == old)
-            continue;
-        codes[k] = (int8_t)code;
-        changes[k] = half_round_bf16(code * s.scale) - half_round_bf16(old * s.scale);
-        add_scaled(g, h, -changes[k], k + 1, n);
+        t.g[k] = gradient[k] + feedback[k];
+        t.changes[k] = 0;
+    }
+    for (int64_t k = 0, end; k < n; k = end) {
+        const int64_t begin = (j->first + k) / group * group,
+                      whole = begin + group < r->w->cols ? begin + group : r->w->cols;
+        end = whole - j->first < n ? whole - j->first : n;
+        if (begin == j->first + k && whole - j->first == end) /* all of the group is here */
+            fit_scale(&t, k, end);
+        fit_codes(&t, k, end);
     }
     return 0;
 }

@@ -1,8 +1,8 @@
 /* The two loops over columns that place codes under a Hessian: GPTQ's sweep and coordinate descent. A warp takes a few
- * rows; a lane holds columns lane, lane + 32, lane + 64 and lane + 96 of a block, and the block's triangle of the matrix
- * that spreads errors lies in shared memory. Each step is one column: every lane works its own column's code out, of
- * which that of the column's owner is passed on to all. As the triangle is 0 on and below its diagonal, a column no
- * longer changes after its step, and what was decided is worked out again for all 32 owners at once. */
+ * rows; a lane holds columns lane, lane + 32, lane + 64 and lane + 96 of a block, and the block of the matrix that
+ * spreads errors lies in shared memory. Each step is one column: every lane works its own column's code out, of which
+ * that of the column's owner is passed on to all that lie behind it. A column no longer changes after its step, so what
+ * was decided is worked out again for all 32 owners at once. */
 #include "kernels/cuda/quant.cuh"
 
 enum {
@@ -26,12 +26,12 @@ struct block_job {
     int n; /* columns */
 };
 
-/* [n, SWEEP_COLUMNS]: what stands behind the diagonal, 0 elsewhere. */
-static __device__ void load_triangle(const struct block_job &j, float *to)
+/* [n, SWEEP_COLUMNS], 0 beyond column n. */
+static __device__ void load_block(const struct block_job &j, float *to)
 {
     for (int i = threadIdx.x; i < j.n * SWEEP_COLUMNS; i += THREADS) {
         const int row = i / SWEEP_COLUMNS, col = i % SWEEP_COLUMNS;
-        to[i] = col > row && col < j.n ? j.matrix[row * j.matrix_stride + col] : 0;
+        to[i] = col < j.n ? j.matrix[row * j.matrix_stride + col] : 0;
     }
     __syncthreads();
 }
@@ -56,18 +56,20 @@ static __device__ __forceinline__ float dequantized(float code, const struct gri
     return to_float(__float2bfloat16_rn(code * g.scale));
 }
 
-/* x[row, column] += change·matrix[step, column], for this lane's columns from part PART on; change: of the lane `owner` */
+/* x[row, column] += change·matrix[step, column] for this lane's columns behind that of the step, which is the one of the
+ * lane `owner` in part PART; change: the owner's */
 template <int PART>
 static __device__ __forceinline__ void spread(const float *matrix_row, const float *change, int owner,
                                               float (*x)[PARTS])
 {
+    const int lane = threadIdx.x % 32;
     float c[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
         c[r] = __shfl_sync(0xffffffffu, change[r], owner);
 #pragma unroll
     for (int p = PART; p < PARTS; p++) {
-        const float m = matrix_row[p * 32];
+        const float m = p > PART || lane > owner ? matrix_row[p * 32] : 0;
 #pragma unroll
         for (int r = 0; r < ROWS; r++)
             x[r][p] = fmaf(c[r], m, x[r][p]);
@@ -88,8 +90,8 @@ static __device__ __forceinline__ float sweep_code(const struct sweep_state &s, 
 }
 
 template <int PART>
-static __device__ __forceinline__ void sweep_part(const struct block_job &j, const float *triangle,
-                                                  int64_t row, struct sweep_state &s)
+static __device__ __forceinline__ void sweep_part(const struct block_job &j, const float *block, int64_t row,
+                                                  struct sweep_state &s)
 {
     const int lane = threadIdx.x % 32, steps = j.n - PART * 32 < 32 ? j.n - PART * 32 : 32;
     const int k = PART * 32 + (lane < steps ? lane : steps - 1); /* lanes without a column: any of them */
@@ -105,7 +107,7 @@ static __device__ __forceinline__ void sweep_part(const struct block_job &j, con
 #pragma unroll
         for (int r = 0; r < ROWS; r++)
             error[r] = s.w[r][PART] - dequantized(sweep_code(s, r, PART, g[r]), g[r]);
-        spread<PART>(triangle + (PART * 32 + step) * SWEEP_COLUMNS + lane, error, step, s.added);
+        spread<PART>(block + (PART * 32 + step) * SWEEP_COLUMNS + lane, error, step, s.added);
     }
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
@@ -118,8 +120,8 @@ static __device__ __forceinline__ void sweep_part(const struct block_job &j, con
 
 static __global__ void __launch_bounds__(THREADS) sweep_kernel(struct block_job j)
 {
-    extern __shared__ float triangle[];
-    load_triangle(j, triangle);
+    extern __shared__ float block[];
+    load_block(j, block);
     const int lane = threadIdx.x % 32;
     const int64_t row = ((int64_t)blockIdx.x * WARPS + threadIdx.x / 32) * ROWS;
     if (row >= j.v.rows)
@@ -136,21 +138,28 @@ static __global__ void __launch_bounds__(THREADS) sweep_kernel(struct block_job 
             s.added[r][p] = here ? j.feedback[(row + r) * j.feedback_stride + k] : 0;
         }
     }
-    sweep_part<0>(j, triangle, row, s);
+    sweep_part<0>(j, block, row, s);
     if (j.n > 32)
-        sweep_part<1>(j, triangle, row, s);
+        sweep_part<1>(j, block, row, s);
     if (j.n > 64)
-        sweep_part<2>(j, triangle, row, s);
+        sweep_part<2>(j, block, row, s);
     if (j.n > 96)
-        sweep_part<3>(j, triangle, row, s);
+        sweep_part<3>(j, block, row, s);
 }
 
 /* --- coordinate descent ------------------------------------------------------------------------------------------- */
 
-/* A column of a row: its grid, the code that it has, and how far a unit of the gradient moves it. */
+/* The rows of a warp. */
+struct descent {
+    float gradient[ROWS][PARTS], code[ROWS][PARTS];
+    struct group_scale group[ROWS]; /* of the columns that are at work */
+    float old_scale[ROWS];          /* before it was fitted */
+};
+
+/* A column of a row: its grid, the code and value that it has, and how far a unit of the gradient moves it. */
 struct place {
     struct grid grid;
-    float code, old, step; /* old: the dequantized weight */
+    float code, value, step;
 };
 
 static __device__ __forceinline__ float descend_code(float gradient, const struct place &p)
@@ -159,66 +168,135 @@ static __device__ __forceinline__ float descend_code(float gradient, const struc
     return fabsf(wish) <= FLT_MAX ? nearest(wish, p.grid) : p.code;
 }
 
-static __device__ __forceinline__ struct place place_of(const struct block_job &j, int64_t row, int64_t k)
+/* The least of f(s + d) = f(s) − 2·d·gain + d²·curvature among storable scales, or the old one. */
+static __device__ __forceinline__ float fitted(float old, float gain, float curvature)
 {
-    const struct grid g = grid_of(group_scale_at(j.v, row, j.first + k), code_range(j.v.bits));
-    const float h = j.matrix[k * j.matrix_stride + k],
-                code = (float)j.v.codes[row * j.v.codes_stride + j.first + k];
-    return (struct place){g, code, dequantized(code, g), h > 0 ? 1 / (h * g.scale) : 0};
+    const float wish = old + gain / curvature;
+    if (!(curvature > 0) || !(fabsf(wish) <= FLT_MAX) || !(wish * old > 0))
+        return old;
+    const float scale = storable_scale(wish), d = scale - old;
+    return d * (d * curvature - 2 * gain) < 0 ? scale : old;
+}
+
+/* Fits the scale of the group that begins with part PART and ends before column `end`, for its codes. */
+template <int PART>
+static __device__ __forceinline__ void fit_scale(const struct block_job &j, const float *block, int64_t row,
+                                                 int end, struct descent &d)
+{
+    const int lane = threadIdx.x % 32;
+    float ch[ROWS][PARTS] = {}; /* codes·H */
+#pragma unroll
+    for (int q = PART; q < PARTS; q++)
+        for (int step = 0; step < 32 && q * 32 + step < end; step++) {
+            const float *matrix_row = block + (q * 32 + step) * SWEEP_COLUMNS + lane;
+            float c[ROWS];
+#pragma unroll
+            for (int r = 0; r < ROWS; r++)
+                c[r] = __shfl_sync(0xffffffffu, d.code[r][q], step);
+#pragma unroll
+            for (int p = PART; p < PARTS; p++)
+#pragma unroll
+                for (int r = 0; r < ROWS; r++)
+                    ch[r][p] = fmaf(c[r], matrix_row[p * 32], ch[r][p]);
+        }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        float gain = 0, curvature = 0;
+#pragma unroll
+        for (int p = PART; p < PARTS; p++)
+            if (p * 32 + lane < end) {
+                gain = fmaf(d.gradient[r][p], d.code[r][p], gain);
+                curvature = fmaf(ch[r][p], d.code[r][p], curvature);
+            }
+        const float old = d.group[r].scale, scale = fitted(old, warp_sum(gain), warp_sum(curvature));
+        d.group[r].scale = scale;
+#pragma unroll
+        for (int p = PART; p < PARTS; p++)
+            d.gradient[r][p] = fmaf(old - scale, ch[r][p], d.gradient[r][p]);
+        if (lane == 0 && row + r < j.v.rows && scale != old)
+            ((uint16_t *)j.v.scales)[(row + r) * j.v.scales_stride + (j.first + PART * 32) / j.v.group] =
+                bf16_bits(scale);
+    }
+}
+
+/* What a group that begins with this part, or goes on from the block before, has as its scale. */
+template <int PART>
+static __device__ __forceinline__ void begin_group(const struct block_job &j, const float *block, int64_t row,
+                                                   struct descent &d)
+{
+    const int64_t col = j.first + PART * 32, begin = col / j.v.group * j.v.group;
+    if (PART > 0 && begin != col)
+        return;
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        d.group[r] = group_scale_at(j.v, row + r < j.v.rows ? row + r : j.v.rows - 1, col);
+        d.old_scale[r] = d.group[r].scale;
+    }
+    const int64_t whole = begin + j.v.group < j.v.cols ? begin + j.v.group : j.v.cols;
+    if (begin == col && whole <= j.first + j.n)
+        fit_scale<PART>(j, block, row, (int)(whole - j.first), d);
 }
 
 template <int PART>
-static __device__ __forceinline__ void descend_part(const struct block_job &j, const float *triangle,
-                                                    int64_t row, float (*gradient)[PARTS])
+static __device__ __forceinline__ void descend_part(const struct block_job &j, const float *block,
+                                                    int64_t row, struct descent &d)
 {
+    begin_group<PART>(j, block, row, d);
     const int lane = threadIdx.x % 32, steps = j.n - PART * 32 < 32 ? j.n - PART * 32 : 32;
     const int k = PART * 32 + (lane < steps ? lane : steps - 1); /* lanes without a column: any of them */
+    const float h = block[k * SWEEP_COLUMNS + k];
     struct place p[ROWS];
 #pragma unroll
-    for (int r = 0; r < ROWS; r++)
-        p[r] = place_of(j, row + r < j.v.rows ? row + r : j.v.rows - 1, k);
+    for (int r = 0; r < ROWS; r++) {
+        p[r].grid = grid_of(d.group[r], code_range(j.v.bits));
+        p[r].code = d.code[r][PART];
+        p[r].value = dequantized(p[r].code, p[r].grid);
+        p[r].step = h > 0 ? 1 / (h * p[r].grid.scale) : 0;
+    }
 #pragma unroll 4
     for (int step = 0; step < steps; step++) {
         float back[ROWS];
 #pragma unroll
         for (int r = 0; r < ROWS; r++)
-            back[r] = p[r].old - dequantized(descend_code(gradient[r][PART], p[r]), p[r].grid);
-        spread<PART>(triangle + (PART * 32 + step) * SWEEP_COLUMNS + lane, back, step, gradient);
+            back[r] = p[r].value - dequantized(descend_code(d.gradient[r][PART], p[r]), p[r].grid);
+        spread<PART>(block + (PART * 32 + step) * SWEEP_COLUMNS + lane, back, step, d.gradient);
     }
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
         if (lane < steps && row + r < j.v.rows) {
-            const float code = descend_code(gradient[r][PART], p[r]);
+            const float code = descend_code(d.gradient[r][PART], p[r]),
+                        before = to_float(__float2bfloat16_rn(p[r].code * d.old_scale[r]));
             j.v.codes[(row + r) * j.v.codes_stride + j.first + k] = (int8_t)code;
-            j.out[(row + r) * j.out_stride + k] = dequantized(code, p[r].grid) - p[r].old;
+            j.out[(row + r) * j.out_stride + k] = dequantized(code, p[r].grid) - before;
         }
 }
 
 static __global__ void __launch_bounds__(THREADS) descend_kernel(struct block_job j)
 {
-    extern __shared__ float triangle[];
-    load_triangle(j, triangle);
+    extern __shared__ float block[];
+    load_block(j, block);
     const int lane = threadIdx.x % 32;
     const int64_t row = ((int64_t)blockIdx.x * WARPS + threadIdx.x / 32) * ROWS;
     if (row >= j.v.rows)
         return;
-    float gradient[ROWS][PARTS];
+    struct descent d;
 #pragma unroll
     for (int p = 0; p < PARTS; p++)
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             const int k = p * 32 + lane;
-            gradient[r][p] = k < j.n && row + r < j.v.rows ? j.in[(row + r) * j.in_stride + k] +
-                                                                 j.feedback[(row + r) * j.feedback_stride + k]
-                                                           : 0;
+            const bool here = k < j.n && row + r < j.v.rows;
+            d.gradient[r][p] =
+                here ? j.in[(row + r) * j.in_stride + k] + j.feedback[(row + r) * j.feedback_stride + k] : 0;
+            d.code[r][p] = here ? (float)j.v.codes[(row + r) * j.v.codes_stride + j.first + k] : 0;
         }
-    descend_part<0>(j, triangle, row, gradient);
+    descend_part<0>(j, block, row, d);
     if (j.n > 32)
-        descend_part<1>(j, triangle, row, gradient);
+        descend_part<1>(j, block, row, d);
     if (j.n > 64)
-        descend_part<2>(j, triangle, row, gradient);
+        descend_part<2>(j, block, row, d);
     if (j.n > 96)
-        descend_part<3>(j, triangle, row, gradient);
+        descend_part<3>(j, block, row, d);
 }
 
 /* --- from outside ------------------------------------------------------------------------------------------------- */
@@ -292,6 +370,13 @@ extern "C" int cuda_descend_block(const struct backend *b, const struct rounding
         return rc;
     CHECK(gradient->dtype == DTYPE_F32 && gradient->rows == r->w->rows && gradient->cols == r->w->cols);
     CHECK(feedback->cols == changes->cols);
+    if (r->q->group % 32 && r->q->group < r->w->cols)
+        return err_set(ERR_UNSUPPORTED,
+                       "descend_block: groups of %d columns, expected a multiple of 32 or whole rows",
+                       (int)r->q->group);
+    if (first % 32)
+        return err_set(ERR_UNSUPPORTED, "descend_block: from column %lld on, expected a multiple of 32",
+                       (long long)first);
     j.in = at(gradient, 0, first);
     j.in_stride = gradient->stride;
     j.feedback = (const float *)feedback->data;

@@ -363,10 +363,12 @@ static void compare_block(struct agreement *a, struct agreement *steps, struct s
                           void (*run)(const struct subject *, const struct block_run *, enum side))
 {
     keep(&s->codes);
+    keep(&s->scales);
     run(s, r, CPU);
     run(s, r, DEVICE);
     const struct mat codes = fetched(&s->codes), out = fetched(&r->out);
     twin_upload(&s->codes);
+    twin_upload(&s->scales);
     twin_upload(&r->out);
     run(s, r, DEVICE);
     const struct mat again = fetched(&s->codes), out_again = fetched(&r->out);
@@ -427,7 +429,7 @@ static void test_descend_block(void **state)
         twin_put(&r.gradient, rows - 1, 0, NAN);
         twin_upload(&r.gradient);
         for (r.first = 0; r.first < n; r.first += r.n) {
-            r.n = i % 2 ? block_columns(n, r.first) : block_columns(n, r.first) % 50 + 1;
+            r.n = i % 2 ? block_columns(n, r.first) : (block_columns(n, r.first) % 3 + 1) * 32;
             r.n = r.n < n - r.first ? r.n : n - r.first;
             r.feedback = twin_random(DTYPE_F32, rows, r.n, 2, 0.1);
             r.out = twin_make(DTYPE_F32, rows, r.n, 1);

@@ -50,12 +50,12 @@ static struct qmat make_result(const struct shape *s)
     return make_qmat(&(struct q_kind){s->bits, s->group, s->asymmetric}, s->rows, s->cols);
 }
 
-static struct gptq_options options_of(const struct shape *s, int rounds, int passes)
+static struct gptq_options options_of(const struct shape *s, int passes)
 {
     return (struct gptq_options){.sweep = true,
                                  .natural_order = s->natural,
                                  .damping = 0.01,
-                                 .rounds = rounds,
+                                 
                                  .passes = passes,
                                  .search = {.block = s->scales == SCALE_BLOCK},
                                  .scales = s->scales};
@@ -217,7 +217,7 @@ static void compare_with_paper(const struct shape *s, struct agreement *a)
 {
     const struct problem p = make_problem(s, s->cols + s->cols / 2 + 8);
     const struct qmat q = make_result(s);
-    const struct gptq_options o = options_of(s, 0, 0);
+    const struct gptq_options o = options_of(s, 0);
     const struct gptq_stats stats = solve(&p, &o, &q);
     if (!(stats.damping == o.damping) || stats.n_dead != 0)
         fail_msg("%s: damping %g, %d dead columns", shape_text(s), stats.damping, (int)stats.n_dead);
@@ -294,18 +294,16 @@ static void test_properties(void **state)
         const struct shape *s = &property_shapes[i];
         const struct problem p = make_problem(s, 2 * s->cols);
         const struct qmat q = make_result(s);
-        double by_rounds[N], by_passes[N];
+        double by_passes[N];
         for (int n = 0; n < N; n++) {
-            struct gptq_options rounds = options_of(s, n, 2), passes = options_of(s, 1, n);
-            rounds.damping = passes.damping = 1e-6; /* what is told leaves out its part */
-            const struct gptq_stats stats = solve(&p, &rounds, &q);
+            struct gptq_options o = options_of(s, n);
+            o.damping = 1e-6; /* what is told leaves out its part */
+            const struct gptq_stats stats = solve(&p, &o, &q);
             if (!(stats.error > 0 && stats.error < stats.nearest_error))
-                fail_msg("%s, %d rounds: error %.6g, nearest %.6g", shape_text(s), n, stats.error,
+                fail_msg("%s, %d passes: error %.6g, nearest %.6g", shape_text(s), n, stats.error,
                          stats.nearest_error);
-            by_rounds[n] = stats.error;
-            by_passes[n] = solve(&p, &passes, &q).error;
+            by_passes[n] = stats.error;
         }
-        check_descent(s, "rounds", by_rounds, N, &worst[s->bits]);
         check_descent(s, "passes", by_passes, N, &worst[s->bits]);
         free_matrices();
     }
@@ -357,7 +355,7 @@ static void test_statistics(void **state)
         const struct problem p = make_problem(s, 2 * s->cols);
         const struct qmat q = make_result(s);
         for (int rounds = -1; rounds < 3; rounds++) {
-            struct gptq_options o = options_of(s, rounds < 0 ? 0 : rounds, 2);
+            struct gptq_options o = options_of(s, rounds < 0 ? 0 : rounds);
             o.sweep = rounds >= 0;
             const struct gptq_stats stats = solve(&p, &o, &q);
             const struct measured m = measure(&p, &q);
@@ -391,7 +389,7 @@ static void test_dead_columns(void **state)
                     put(&p.x, t, i < N_OF(dead) ? dead[i] : 128 + (int64_t)(i - N_OF(dead)), 0);
             p.h = make_hessian(&p.x);
             const struct qmat q = make_result(&s);
-            const struct gptq_options o = options_of(&s, rounds, 2);
+            const struct gptq_options o = options_of(&s, rounds);
             const struct gptq_stats stats = solve(&p, &o, &q);
             assert_int_equal(stats.n_dead, N_OF(dead) + 32);
             assert_true(stats.error < stats.nearest_error && stats.weight_error < 0.05);
@@ -410,7 +408,7 @@ static void test_no_inputs(void **state)
         struct problem p = make_problem(&plain, 4);
         assert_ok(cpu[0].core->zero(&cpu[0], &p.h));
         const struct qmat q = make_result(&plain);
-        const struct gptq_options o = options_of(&plain, rounds, 2);
+        const struct gptq_options o = options_of(&plain, rounds);
         const struct gptq_stats stats = solve(&p, &o, &q);
         assert_int_equal(stats.n_dead, plain.cols);
         assert_true(stats.error == 0 && stats.nearest_error == 0 && stats.weight_error < 0.05);
@@ -434,7 +432,7 @@ static void test_not_finite(void **state)
         for (int sweep = 0; sweep < 2; sweep++) {
             struct problem p = make_problem(&plain, 400);
             const struct qmat q = make_result(&plain);
-            struct gptq_options o = options_of(&plain, 2, 2);
+            struct gptq_options o = options_of(&plain, 2);
             struct gptq_stats stats;
             o.sweep = sweep;
             for (int64_t k = 0; k < plain.cols;
@@ -455,13 +453,13 @@ static void test_rank_deficient(void **state)
     for (size_t i = 0; i < 2 * N_OF(tokens); i++) {
         const struct problem p = make_problem(&plain, tokens[i / 2]);
         const struct qmat q = make_result(&plain);
-        const struct gptq_options o = options_of(&plain, i % 2 ? 2 : 0, 2);
+        const struct gptq_options o = options_of(&plain, i % 2 ? 2 : 0);
         const struct gptq_stats stats = solve(&p, &o, &q);
         assert_true(stats.damping == o.damping && stats.n_dead == 0);
         /* the damping keeps the sweep near the weights; refinement knows none */
-        if (!(stats.error < 0.5 * stats.nearest_error && (o.rounds || stats.weight_error < 0.05)))
+        if (!(stats.error < 0.5 * stats.nearest_error && (o.passes || stats.weight_error < 0.05)))
             fail_msg("%d tokens, %d rounds: error %g, nearest %g, of the weights %g", (int)tokens[i / 2],
-                     o.rounds, stats.error, stats.nearest_error, stats.weight_error);
+                     o.passes, stats.error, stats.nearest_error, stats.weight_error);
         free_matrices();
     }
 }
@@ -487,7 +485,7 @@ static void test_indefinite(void **state)
     for (size_t i = 0; i < N_OF(cases); i++) {
         const struct problem p = make_pairs(cases[i].a);
         const struct qmat q = make_result(&plain);
-        const struct gptq_options o = options_of(&plain, 0, 0);
+        const struct gptq_options o = options_of(&plain, 0);
         struct gptq_stats stats;
         const int rc = try(&cpu[0], &p, &o, &q, &stats);
         if (cases[i].damping > 0) {
@@ -520,7 +518,7 @@ static void test_same_bytes(void **state)
     for (size_t i = 0; i < N_OF(property_shapes); i++) {
         const struct shape *s = &property_shapes[i];
         const struct problem p = make_problem(s, s->cols);
-        const struct gptq_options o = options_of(s, 2, 2);
+        const struct gptq_options o = options_of(s, 2);
         const struct qmat first = make_result(s);
         const struct gptq_stats stats = solve(&p, &o, &first);
         for (int k = 0; k < N_BACKENDS; k++) {
@@ -546,7 +544,7 @@ static void test_several_weights(void **state)
     struct gptq_size sizes[N_OF(shapes)];
     for (size_t i = 0; i < N_OF(shapes); i++)
         sizes[i] = (struct gptq_size){shapes[i].rows, shapes[i].cols, group_of(&shapes[i])};
-    const struct gptq_options o = options_of(&shapes[0], 1, 1);
+    const struct gptq_options o = options_of(&shapes[0], 1);
     struct gptq *g;
     assert_ok(gptq_open(&g, &cpu[0], &o, sizes, N_OF(sizes), &(struct work_clock){0}));
     for (size_t i = 0; i < N_OF(shapes); i++) {

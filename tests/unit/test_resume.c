@@ -39,7 +39,7 @@ static struct cut_options options(const char *out)
     o.recipe.scales.rule = SCALE_BLOCK;
     o.recipe.calibrated = true;
     o.recipe.damping = 0.01;
-    o.recipe.rounds = o.recipe.passes = 1;
+    o.recipe.passes = 2;
     o.recipe.calib.text = "made up";
     o.data = &data;
     return o;

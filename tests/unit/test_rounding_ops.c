@@ -295,25 +295,60 @@ static int run_descend(const struct backend *b, const void *args)
     return b->quant->descend_block(b, a->r, a->h, a->gradient, a->feedback, a->first, a->changes);
 }
 
-/* before: what ŵ was in this row. */
-static void check_descend_row(const struct placed *p, const struct descend_args *a, const int8_t *before,
-                              int64_t row, struct tally *tally)
+/* A row's codes and scales before. */
+struct before {
+    const int8_t *codes;
+    const uint16_t *scales;
+};
+
+/* The scale of a group that the block holds, columns [from, to) of it: the least of the parabola, rounded, or what it was.
+ * Takes its change off g. */
+static void check_fit(const struct placed *p, const struct descend_args *a, const struct before *was,
+                      int64_t row, int64_t from, int64_t to, double *g)
 {
     const int64_t n = a->changes->cols;
+    double ch[SWEEP_COLUMNS] = {0}, gain = 0, curvature = 0;
+    for (int64_t k = from; k < to; k++) {
+        const double c = was->codes[a->first + k];
+        gain += g[k] * c;
+        for (int64_t i = 0; i < n; i++)
+            ch[i] += c * (double)at(a->h, a->first + k, a->first + i);
+    }
+    for (int64_t k = from; k < to; k++)
+        curvature += ch[k] * was->codes[a->first + k];
+    const double old = (double)half_from_bf16(was->scales[(a->first + from) / p->q.group]),
+                 got = scale_at(&p->q, row, a->first + from), wish = old + gain / curvature, d = got - old;
+    /* half a unit of BF16's last place, and a little for single precision */
+    const bool rounded = fabs(got - wish) <= 0.00391 * fabs(wish) && d * (d * curvature - 2 * gain) < 0;
+    if (got != old ? !rounded : fabs(wish - old) > 0.0079 * fabs(old) && wish * old > 0)
+        fail_msg("descend_block: %s: row %d column %d: scale %.9g, before %.9g, wished %.9g", kind_text(p),
+                 (int)row, (int)(a->first + from), got, old, wish);
+    for (int64_t i = 0; i < n; i++)
+        g[i] -= d * ch[i];
+}
+
+static void check_descend_row(const struct placed *p, const struct descend_args *a, const struct before *was,
+                              int64_t row, struct tally *tally)
+{
+    const int64_t n = a->changes->cols, group = p->q.group;
     double g[SWEEP_COLUMNS];
     for (int64_t k = 0; k < n; k++)
         g[k] = (double)at(a->gradient, row, a->first + k) + (double)at(a->feedback, row, k);
     for (int64_t k = 0; k < n; k++) {
-        const int64_t col = a->first + k;
-        const double h = (double)at(a->h, col, col), s = scale_at(&p->q, row, col);
-        const int old = before[col], got = code_at(&p->r, row, col);
-        const double change = naive_bf16(got * s) - naive_bf16(old * s), wish = old + g[k] / (h * s);
+        const int64_t col = a->first + k, end = col + group < p->w.cols ? col + group : p->w.cols;
+        if (col % group == 0 && end <= a->first + n)
+            check_fit(p, a, was, row, k, end - a->first, g);
+        const double h = (double)at(a->h, col, col), s = scale_at(&p->q, row, col),
+                     before = (double)half_from_bf16(was->scales[col / group]);
+        const int old = was->codes[col], got = code_at(&p->r, row, col);
+        const double change = naive_bf16(got * s) - naive_bf16(old * s), wish = old + g[k] / (h * s),
+                     whole = naive_bf16(got * s) - naive_bf16(old * before);
         if (h == 0 ? got != old : !is_nearest(wish, got, &p->q, zero_at(&p->q, row, col), tally))
             fail_msg("descend_block: %s: row %d column %d: code %d, before %d, wished %.6f", kind_text(p),
                      (int)row, (int)col, got, old, wish);
-        if (!((double)at(a->changes, row, k) == (double)(float)change))
+        if (!(fabs((double)at(a->changes, row, k) - whole) <= 1e-6 * fabs(s)))
             fail_msg("descend_block: %s: row %d column %d: change %.9g, expected %.9g", kind_text(p),
-                     (int)row, (int)col, (double)at(a->changes, row, k), change);
+                     (int)row, (int)col, (double)at(a->changes, row, k), whole);
         for (int64_t later = k + 1; later < n; later++)
             g[later] -= change * (double)at(a->h, col, a->first + later);
     }
@@ -349,7 +384,8 @@ static void check_descend(struct placed *p, const struct mat *h, int64_t first, 
 {
     const int64_t rows = p->w.rows, cols = p->w.cols;
     const struct mat gradient = make(DTYPE_F32, rows, cols), feedback = make(DTYPE_F32, rows, n),
-                     changes = make(DTYPE_F32, rows, n), before = make(DTYPE_I8, rows, cols);
+                     changes = make(DTYPE_F32, rows, n), before = make(DTYPE_I8, rows, cols),
+                     scales = make(DTYPE_BF16, rows, p->q.scales.cols);
     const double *weight = naive_rows(h);
     double *g = room((size_t)cols, sizeof *g), *errors = room((size_t)rows, sizeof *errors);
     for (int64_t r = 0; r < rows; r++) {
@@ -360,12 +396,14 @@ static void check_descend(struct placed *p, const struct mat *h, int64_t first, 
             put(&feedback, r, k, g[first + k] - (double)at(&gradient, r, first + k));
     }
     memcpy(before.data, p->codes.data, (size_t)(rows * before.stride));
+    memcpy(scales.data, p->q.scales.data, (size_t)(rows * scales.stride) * sizeof(uint16_t));
     const struct descend_args args = {&p->r, h, &gradient, &feedback, &changes, first};
-    const struct mat *const outs[] = {&changes, &p->codes, &feedback, &gradient};
+    const struct mat *const outs[] = {&changes, &p->codes, &p->q.scales, &feedback, &gradient};
     run_alike(run_descend, &args, outs, N_OF(outs), kind_text(p));
     for (int64_t r = 0; r < rows; r++) {
         const int8_t *old = (const int8_t *)before.data + r * before.stride;
-        check_descend_row(p, &args, old, r, &d->tally);
+        check_descend_row(p, &args, &(struct before){old, (const uint16_t *)scales.data + r * scales.stride},
+                          r, &d->tally);
         for (int64_t c = 0; c < cols; c++)
             if ((c < first || c >= first + n) && code_at(&p->r, r, c) != old[c])
                 fail_msg("descend_block: %s: column %d was written", kind_text(p), (int)c);
