@@ -7,7 +7,7 @@
 #include "base/text.h"
 #include "cli/bench_shapes.h"
 #include "cli/machine.h"
-#include "quantize/recipe.h"
+#include "quantize/cut.h"
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -119,8 +119,34 @@ void bench_place_close(struct bench_place *p);
 void bench_place_text(const struct bench_place *p, struct text *out);
 void bench_place_json(const struct bench_place *p, struct text *out);
 
-/* `gemcut quantize` with the request's recipe, from place->model to place->out. */
+/* --- cuts ---------------------------------------------------------------------------------------------------------- */
+
+/* One run of `gemcut quantize`, and when what happened. */
+struct bench_job {
+    const struct dataset *data;                       /* of a calibrated recipe */
+    bool count_time;                                  /* of the kinds of work, for cut_seconds */
+    void (*on_end)(void *ctx, const struct cut *cut); /* may be NULL */
+    void *ctx;
+    struct cut_totals totals;
+    double start, end;
+    double stages[CUT_CHECK + 1]; /* when each began; 0: never */
+    double last;                  /* when the last bytes or the last linear were done */
+};
+
+/* With the request's recipe, from place->model to place->out, which stays. */
+int bench_run_job(const struct bench *q, const struct bench_place *place, struct bench_job *job);
+
+/* The same for those who want only the cut. */
 int bench_cut(const struct bench *q, const struct bench_place *place);
 void bench_recipe_text(const struct bench *q, struct text *out);
+
+/* Tokens of a sample, 0 where that was not given: at most the shape's context. */
+int bench_settle_length(const struct bench_shape *shape, int64_t *length);
+
+/* Ids to calibrate with, as many as the recipe says: made up too, with <bos> in front of each sample. Release with dataset_free. */
+int bench_ids(const struct bench *q, struct dataset *out);
+
+/* bench_quantize for a calibrated recipe, once there is a checkpoint. */
+int bench_calibrate(const struct bench *q, const struct bench_place *place);
 
 #endif

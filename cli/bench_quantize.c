@@ -202,70 +202,82 @@ struct round {
     double seconds, phases[N_PHASES], resources[N_RESOURCES];
 };
 
-struct watch {
-    double stages[CUT_CHECK + 1], last; /* when a stage began; when the last bytes were done */
-};
-
 static void on_stage(void *ctx, enum cut_stage stage, uint64_t total)
 {
-    struct watch *w = ctx;
-    w->stages[stage] = w->last = clock_seconds();
+    struct bench_job *j = ctx;
+    j->stages[stage] = j->last = clock_seconds();
     progress_begin(stage == CUT_CHECK ? "reading back" : "cutting",
                    stage == CUT_CALIBRATE ? PROGRESS_ITEMS : PROGRESS_BYTES, total);
 }
 
 static void on_bytes(void *ctx, uint64_t bytes)
 {
-    struct watch *w = ctx;
-    w->last = clock_seconds();
+    struct bench_job *j = ctx;
+    j->last = clock_seconds();
     progress_advance(bytes, NULL);
 }
 
-static int cut(const struct bench *q, const struct bench_place *place, const struct cut_events *events,
-               struct cut_totals *totals)
+static void on_linear(void *ctx, const struct cut_linear *linear)
 {
-    const struct cut_options job = {.model = place->model,
-                                    .out = place->out,
-                                    .device = q->machine.name,
-                                    .version = GEMCUT_VERSION,
-                                    .recipe = q->recipe,
-                                    .shard_bytes = SHARD_BYTES,
-                                    .n_workers = (int)q->machine.threads,
-                                    .skip_check = q->no_verify};
+    struct bench_job *j = ctx;
+    j->last = clock_seconds();
+    if (j->data)
+        progress_advance(1, linear->plan->tensor->name);
+}
+
+int bench_run_job(const struct bench *q, const struct bench_place *place, struct bench_job *job)
+{
+    const struct cut_options options = {.model = place->model,
+                                        .out = place->out,
+                                        .device = q->machine.name,
+                                        .version = GEMCUT_VERSION,
+                                        .recipe = q->recipe,
+                                        .data = job->data,
+                                        .count_time = job->count_time,
+                                        .shard_bytes = SHARD_BYTES,
+                                        .n_workers = (int)q->machine.threads,
+                                        .skip_check = q->no_verify};
+    const struct cut_events events = {on_stage, on_bytes, on_linear, job};
     struct cut *c;
-    int rc = cut_open(&c, &job);
+    job->start = clock_seconds();
+    int rc = cut_open(&c, &options);
     if (!rc)
-        *totals = cut_totals(c);
+        job->totals = cut_totals(c);
     if (!rc)
-        rc = cut_run(c, events);
+        rc = cut_run(c, &events);
     progress_end();
+    job->end = clock_seconds();
+    if (!rc && job->on_end)
+        job->on_end(job->ctx, c);
     cut_close(c);
     return rc;
 }
 
 int bench_cut(const struct bench *q, const struct bench_place *place)
 {
-    struct watch w;
-    struct cut_totals totals;
-    const struct cut_events events = {.on_stage = on_stage, .on_bytes = on_bytes, .ctx = &w};
-    return cut(q, place, &events, &totals);
+    struct dataset data = {0};
+    struct bench_job job = {0};
+    int rc = q->recipe.calibrated ? bench_ids(q, &data) : 0;
+    job.data = q->recipe.calibrated ? &data : NULL;
+    if (!rc)
+        rc = bench_run_job(q, place, &job);
+    dataset_free(&data);
+    return rc;
 }
 
 /* The job, then what it is judged by; the cut is removed between. */
 static int run_round(const struct bench *q, const struct bench_place *place, const struct storage *s,
                      struct cut_totals *totals, struct round *r)
 {
-    struct watch w = {0};
-    const struct cut_events events = {.on_stage = on_stage, .on_bytes = on_bytes, .ctx = &w};
-    const double start = clock_seconds();
-    int rc = cut(q, place, &events, totals);
-    const double end = clock_seconds();
+    struct bench_job j = {0};
+    int rc = bench_run_job(q, place, &j);
+    *totals = j.totals;
     if (!rc)
         rc = file_remove_folder(place->out);
-    const double checked = w.stages[CUT_CHECK] > 0 ? w.stages[CUT_CHECK] : w.last;
-    *r = (struct round){.seconds = end - start,
-                        .phases = {w.stages[CUT_QUANTIZE] - start, checked - w.stages[CUT_QUANTIZE],
-                                   w.last - checked, end - w.last}};
+    const double checked = j.stages[CUT_CHECK] > 0 ? j.stages[CUT_CHECK] : j.last;
+    *r = (struct round){.seconds = j.end - j.start,
+                        .phases = {j.stages[CUT_QUANTIZE] - j.start, checked - j.stages[CUT_QUANTIZE],
+                                   j.last - checked, j.end - j.last}};
     const uint64_t in = totals->source_bytes, out = totals->output_bytes;
     if (!rc)
         rc = read_source(s, &r->resources[READ]);
@@ -333,6 +345,8 @@ void bench_recipe_text(const struct bench *q, struct text *out)
     else
         text_add(out, "one scale a row, ");
     text_printf(out, "scales %s", recipe_scales_name(q->recipe.scales.rule));
+    if (q->recipe.calibrated && q->recipe.passes)
+        text_printf(out, ", %d pass%s of refinement", q->recipe.passes, q->recipe.passes == 1 ? "" : "es");
 }
 
 static int print_text(const struct result *r)
@@ -426,6 +440,11 @@ static int measure(const struct bench *q, const struct bench_place *place)
         rc = ERR_MEMORY;
     if (!rc)
         rc = read_source(&s, &unused); /* into the page cache, if it fits */
+    if (q->recipe.calibrated) {
+        storage_close(&s);
+        free(r.rounds);
+        return rc ? rc : bench_calibrate(q, place);
+    }
     for (size_t i = 0; !rc && i < r.n; i++) {
         rc = run_round(q, place, &s, &r.totals, &r.rounds[i]);
         if (!rc)

@@ -5,20 +5,22 @@
 #include "cli/bench.h"
 #include "cli/opt.h"
 #include "cli/output.h"
+#include "cli/recipe_args.h"
 
 #include <string.h>
 
 struct args {
     const char *what, *group_size;
     int shape, method, scheme, scales;
+    int64_t samples, length, refine; /* 0, 0, −1: not given */
     struct bench bench;
     struct output_options output;
 };
 
 static const char *const checks[] = {"auto", "yes", "no", NULL};
-static const char *const methods[] = {"rtn", NULL};
+static const char *const methods[] = {"rtn", "gptq", NULL};
 static const char *const schemes[] = {"w4a16", "w4a16-asym", "w8a16", NULL};
-static const char *const scale_rules[] = {"range", "absmax", "mse", NULL};
+static const char *const scale_rules[] = {"auto", "block", "weighted", "range", "absmax", "mse", NULL};
 
 static const struct opt_arg positional[] = {
     {.name = "WHAT",
@@ -86,7 +88,8 @@ static const struct opt options[] = {
      OPT_TO_CHOICE(struct args, method),
      .choices = methods,
      .initial = "rtn",
-     .help = "as in quantize, like the next three"},
+     .help =
+         "as in quantize, like what follows; with rtn nothing is calibrated unless the scales ask for it"},
     {.name = "scheme",
      OPT_TO_CHOICE(struct args, scheme),
      .choices = schemes,
@@ -100,8 +103,29 @@ static const struct opt options[] = {
     {.name = "scales",
      OPT_TO_CHOICE(struct args, scales),
      .choices = scale_rules,
-     .initial = "range",
-     .help = "how scales are chosen"},
+     .initial = "auto",
+     .help = "how scales are chosen: block and weighted need calibration; auto: block with it, else range"},
+    {.name = "samples",
+     OPT_TO_INT(struct args, samples),
+     .value = "N",
+     .min = 1,
+     .max = 1000000,
+     .initial_note = "128",
+     .help = "to calibrate with, of random tokens"},
+    {.name = "length",
+     OPT_TO_INT(struct args, length),
+     .value = "N",
+     .min = 2,
+     .max = 1000000,
+     .initial_note = "2048, or the model's context",
+     .help = "tokens of a sample"},
+    {.name = "refine",
+     OPT_TO_INT(struct args, refine),
+     .value = "N",
+     .min = 0,
+     .max = 1000,
+     .initial_note = "8",
+     .help = "gptq: passes over scales and codes"},
     {.name = "no-verify",
      OPT_TO_FLAG(struct args, bench.no_verify),
      .help = "quantize: do not read the result back"},
@@ -120,6 +144,7 @@ static const struct opt_spec spec = {
     .n_opts = sizeof options / sizeof *options,
     .epilogue = "Examples:\n"
                 "  gemcut bench quantize --shape gemma-3-1b\n"
+                "  gemcut bench quantize --method gptq --rounds 1\n"
                 "  gemcut bench ops --json\n"
                 "  gemcut bench decode --shape gemma-3-270m --cut\n",
 };
@@ -151,8 +176,9 @@ static int find_part(const struct part **out, const char *name)
 }
 
 /* An option that says nothing to this measurement was a mistake. */
-static int refuse_foreign(const struct bench *q)
+static int refuse_foreign(const struct args *a)
 {
+    const struct bench *q = &a->bench;
     const struct {
         const char *option;
         bool given;
@@ -162,6 +188,9 @@ static int refuse_foreign(const struct bench *q)
         {"sequences", q->sequences > 0, {"prefill"}},
         {"cut", q->cut, {"decode"}},
         {"no-verify", q->no_verify, {"quantize"}},
+        {"samples", a->samples > 0, {"decode", "quantize"}},
+        {"length", a->length > 0, {"decode", "quantize"}},
+        {"refine", a->refine >= 0, {"decode", "quantize"}},
         {"dir", q->dir != NULL, {"prefill", "decode", "quantize"}},
         {"keep", q->keep != NULL, {"prefill", "decode", "quantize"}},
     };
@@ -175,18 +204,47 @@ static int refuse_foreign(const struct bench *q)
     return 0;
 }
 
+static int refuse_uncalibrated(const struct args *a, const struct recipe *r)
+{
+    const bool sweep = !strcmp(r->method, "gptq");
+    const struct {
+        const char *option;
+        bool given, fits;
+        const char *what;
+    } rules[] = {
+        {"samples", a->samples > 0, r->calibrated, "methods that calibrate"},
+        {"length", a->length > 0, r->calibrated, "methods that calibrate"},
+        {"refine", a->refine >= 0, sweep, "gptq"},
+    };
+    for (size_t i = 0; i < sizeof rules / sizeof *rules; i++)
+        if (rules[i].given && !rules[i].fits)
+            return err_set(ERR_USAGE, "option '--%s' is only for %s", rules[i].option, rules[i].what);
+    return 0;
+}
+
 static int make_recipe(const struct args *a, struct recipe *r)
 {
-    *r = (struct recipe){.method = methods[a->method], .ragged = RAGGED_SMALLER};
-    int rc = recipe_parse_scheme(schemes[a->scheme], &r->scheme);
+    const struct recipe_args chosen = {
+        .method = methods[a->method],
+        .scales = scale_rules[a->scales],
+        .damping = 0.01,
+        .passes = a->refine >= 0 ? a->refine : 8,
+        .calib = {.samples = a->samples ? a->samples : 128, .length = a->length}};
+    *r = (struct recipe){.ragged = RAGGED_SMALLER};
+    int rc = recipe_args_apply(&chosen, r);
+    r->calib.text = NULL; /* ids are made up */
+    if (!rc && r->calibrated)
+        rc = bench_settle_length(a->bench.shape, &r->calib.length);
+    if (!rc)
+        rc = recipe_parse_scheme(schemes[a->scheme], &r->scheme);
     if (!rc)
         rc = recipe_parse_group(a->group_size, &r->scheme.group);
-    return rc ? rc : recipe_parse_scales(scale_rules[a->scales], &r->scales.rule);
+    return rc ? rc : refuse_uncalibrated(a, r);
 }
 
 int cmd_bench(int argc, char **argv)
 {
-    struct args a = {0};
+    struct args a = {.refine = -1};
     const struct part *part = NULL;
     int rc = cmd_begin(&spec, argc, argv, &a, &a.output);
     if (rc)
@@ -196,7 +254,7 @@ int cmd_bench(int argc, char **argv)
         return rc;
     a.bench.what = part->name;
     a.bench.shape = bench_shape(a.shape);
-    rc = refuse_foreign(&a.bench);
+    rc = refuse_foreign(&a);
     if (!rc)
         rc = make_recipe(&a, &a.bench.recipe);
     if (!rc)

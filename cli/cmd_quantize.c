@@ -10,6 +10,7 @@
 #include "cli/opt.h"
 #include "cli/output.h"
 #include "cli/progress.h"
+#include "cli/recipe_args.h"
 #include "quantize/cut.h"
 
 #include <math.h>
@@ -206,30 +207,20 @@ static const struct opt_spec spec = {
 
 /* --- the recipe ----------------------------------------------------------------------------------------------- */
 
-/* Calibration costs time: GPTQ needs it, rounding to nearest only where it is asked for. */
 static int choose_method(const struct args *a, struct recipe *r)
 {
-    r->method = methods[a->method >= 0 ? a->method : a->quality];
-    const char *scales = scale_rules[a->scales];
-    const bool is_auto = !strcmp(scales, "auto"), sweep = !strcmp(r->method, "gptq");
-    if (!is_auto && recipe_parse_scales(scales, &r->scales.rule) < 0)
-        return ERR_USAGE;
-    const bool searched = !is_auto && (r->scales.rule == SCALE_WEIGHTED || r->scales.rule == SCALE_BLOCK);
-    r->calibrated = sweep || a->calib || searched;
-    if (is_auto)
-        r->scales.rule = r->calibrated ? SCALE_BLOCK : SCALE_RANGE;
-    if (!r->calibrated)
-        return 0;
-    r->calib = (struct calib_spec){.text = a->calib ? a->calib : DOCUMENTS_BUILTIN,
-                                   .samples = a->samples,
-                                   .length = a->length,
-                                   .seed = (uint64_t)a->seed,
-                                   .shuffle = a->order == 0,
-                                   .skip_bos = a->skip_bos};
-    r->natural_order = a->order_columns == 1;
-    r->damping = a->damping;
-    r->passes = sweep ? (int)a->refine : 0;
-    return 0;
+    const struct recipe_args chosen = {.method = methods[a->method >= 0 ? a->method : a->quality],
+                                       .scales = scale_rules[a->scales],
+                                       .natural_order = a->order_columns == 1,
+                                       .damping = a->damping,
+                                       .passes = a->refine,
+                                       .calib = {.text = a->calib,
+                                                 .samples = a->samples,
+                                                 .length = a->length,
+                                                 .seed = (uint64_t)a->seed,
+                                                 .shuffle = a->order == 0,
+                                                 .skip_bos = a->skip_bos}};
+    return recipe_args_apply(&chosen, r);
 }
 
 static int make_recipe(const struct args *a, struct recipe *r)

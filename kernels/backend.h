@@ -274,7 +274,7 @@ struct quant_ops {
      * gradient F32 [rows, cols] = (w − ŵ)·H. Group by group: where the block holds all of it, first the scale of least
      * error for its codes c, s += g·c / cHcᵀ, rounded as it is stored and of the same sign, if it lowers the error; then
      * column by column the code nearest to code + g / (Hⱼⱼ·scale). What changes is taken off g, change·h[j, k], at the
-     * columns k behind it in this block, for a scale in its own group too. changes F32 [rows, n] = ŵ after − ŵ before.
+     * columns k behind it in this block, for a scale in its own group too. changes BF16 [rows, n] = ŵ after − ŵ before, rounded.
      * Columns with Hⱼⱼ = 0 keep their codes. Groups are multiples of 32 columns or whole rows, and so is first. */
     int (*descend_block)(const struct backend *b, const struct rounding *r, const struct mat *h,
                          const struct mat *gradient, const struct mat *feedback, int64_t first,

@@ -248,35 +248,25 @@ static int to_end(struct step *s)
     return rc ? rc : states_keep(c, &c->x, s->batch);
 }
 
-/* What o and down give is normed before it is added to the residual stream (Gemma's post-norms), so an error counts by
- * its share of the output: a token's inputs are divided by the norm of what becomes of them. */
+/* What o and down give is normed before it is added to the residual stream (Gemma's post-norms), so that an error counts
+ * by its share of the output: a token's inputs are divided by the norm of what the weights make of them. KL of Gemma 3
+ * 270M over three sets of tokens: 0.1528 without, 0.1509 with. */
 static int weigh(struct step *s, enum gemma_fused set)
 {
     struct capture *c = s->c;
     const struct backend *b = c->w->backend;
     const struct block *k = &c->w->blocks[s->layer];
-    static const char *W;
-    if (!W)
-        W = getenv("GW") ? getenv("GW") : "3";
-    if (set == FUSED_GATE_UP && (atoi(W) & 4)) {
-        const struct mat gate_up = mat_rows(&c->gate_up, 0, s->batch->rows),
-                         inner = mat_cols(&gate_up, 0, c->w->config.intermediate_size);
-        int rc2 = block_mlp(c->w, s->layer, s->inputs, &gate_up, &inner);
-        if (!rc2)
-            rc2 = linear_set_forward(b, &k->down, &inner, &s->branch);
-        s->spare = (struct mat){c->qkv.data, c->qkv.dtype, s->batch->rows, s->inputs->cols, s->inputs->cols};
-        if (!rc2)
-            rc2 = b->core->over_norm(b, s->inputs, &s->branch, &s->spare);
-        s->inputs = &s->spare;
-        return rc2;
-    }
-    if (!((set == FUSED_O && (atoi(W) & 1)) || (set == FUSED_DOWN && (atoi(W) & 2))))
+    int rc = 0;
+    if (set == FUSED_O) {
+        s->spare = mat_rows(&c->q, 0, s->batch->rows);
+        rc = linear_set_forward(b, &k->o, s->inputs, &s->branch);
+    } else if (set == FUSED_DOWN) { /* the half of gate and up that is free now */
+        const struct mat gate_up = mat_rows(&c->gate_up, 0, s->batch->rows);
+        s->spare = mat_cols(&gate_up, c->plan.keep_inner ? 0 : s->inner.cols, s->inner.cols);
+        rc = linear_set_forward(b, &k->down, s->inputs, &s->branch);
+    } else {
         return 0;
-    const bool is_o = set == FUSED_O;
-    int rc = linear_set_forward(b, is_o ? &k->o : &k->down, s->inputs, &s->branch);
-    s->spare = is_o ? mat_rows(&c->q, 0, s->batch->rows) : mat_rows(&c->gate_up, 0, s->batch->rows);
-    if (!is_o)
-        s->spare = mat_cols(&s->spare, c->plan.keep_inner ? 0 : s->inner.cols, s->inner.cols);
+    }
     if (!rc)
         rc = b->core->over_norm(b, s->inputs, &s->branch, &s->spare);
     s->inputs = &s->spare;

@@ -496,7 +496,8 @@ static int calibrate(struct cut *c, const struct cut_events *events)
     const struct calibrate_options options = {.gptq = recipe_gptq(r),
                                               .skip_id = r->calib.skip_bos ? c->bos : -1,
                                               .allow_nonfinite = r->allow_nonfinite};
-    const struct calibrate_events inner = {.on_linear = deliver, .known = recall, .ctx = c};
+    const struct calibrate_events inner = {
+        .on_linear = deliver, .known = c->options.resume ? recall : NULL, .ctx = c};
     c->events = (struct pipeline_events){.on_linear = events->on_linear, .ctx = events->ctx};
     if (events->on_stage)
         events->on_stage(events->ctx, CUT_CALIBRATE, cut_totals(c).n_linears);

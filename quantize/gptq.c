@@ -33,6 +33,7 @@ struct space {
     struct mat codes;              /* I8 [rows, cols] */
     struct mat wh, gradient, pool; /* F32 [rows, cols]: W·H; (W − Ŵ)·H; feedback, residuals, products */
     struct mat panel, feedback;    /* F32 [rows, PANEL] */
+    struct mat changes;            /* BF16 [rows, PANEL] */
     struct mat normal, rhs;        /* F32 [some rows, groups²], [some rows, groups] */
 };
 
@@ -74,6 +75,7 @@ static uint64_t lay_out(void *base, const struct gptq_size *s, struct space *out
     out->pool = arena_take(base, &at, DTYPE_F32, s->rows, s->cols);
     out->panel = arena_take(base, &at, DTYPE_F32, s->rows, PANEL);
     out->feedback = arena_take(base, &at, DTYPE_F32, s->rows, PANEL);
+    out->changes = arena_take(base, &at, DTYPE_BF16, s->rows, PANEL);
     out->normal = arena_take(base, &at, DTYPE_F32, refit_rows, groups * groups);
     out->rhs = arena_take(base, &at, DTYPE_F32, refit_rows, groups);
     return at > behind ? at : behind;
@@ -352,7 +354,7 @@ static int descend(const struct gptq *g, const struct rounding *r, const struct 
         rc = b->core->zero(b, &s->feedback);
         for (int64_t first = panel, next; !rc && first < end; first = next) {
             next = least(first + SWEEP_COLUMNS, end);
-            const struct mat changes = mat_cols(&s->panel, first - panel, next - first),
+            const struct mat changes = mat_cols(&s->changes, first - panel, next - first),
                              feedback = mat_cols(&s->feedback, first - panel, next - first);
             rc = b->quant->descend_block(b, r, g->h, &s->gradient, &feedback, first, &changes);
             if (rc < 0 || next == end)
@@ -365,7 +367,7 @@ static int descend(const struct gptq *g, const struct rounding *r, const struct 
         const int64_t from = last ? end : 0;
         if (rc < 0 || from == cols)
             continue;
-        const struct mat changes = mat_cols(&s->panel, 0, end - panel),
+        const struct mat changes = mat_cols(&s->changes, 0, end - panel),
                          rows = mat_rows(g->h, panel, end - panel), h = mat_cols(&rows, from, cols - from),
                          gradient = mat_cols(&s->gradient, from, cols - from);
         rc = b->core->matmul(b, -1, &changes, &h, true, &gradient);

@@ -69,7 +69,7 @@ struct descent {
     const struct block_job *j;
     int64_t row, n;
     int8_t *codes;
-    float *changes, g[SWEEP_COLUMNS];
+    float changes[SWEEP_COLUMNS], g[SWEEP_COLUMNS];
 };
 
 static const float *block_h(const struct block_job *j, int64_t k)
@@ -132,15 +132,10 @@ static int descend_row(void *ctx, size_t index, int worker)
     const int64_t row = (int64_t)index, n = j->out->cols, group = r->q->group;
     const float *gradient = (const float *)j->gradient->data + row * j->gradient->stride + j->first;
     const float *feedback = (const float *)j->feedback->data + row * j->feedback->stride;
-    struct descent t = {.j = j,
-                        .row = row,
-                        .n = n,
-                        .codes = (int8_t *)r->codes->data + row * r->codes->stride + j->first,
-                        .changes = (float *)j->out->data + row * j->out->stride};
-    for (int64_t k = 0; k < n; k++) {
+    struct descent t = {
+        .j = j, .row = row, .n = n, .codes = (int8_t *)r->codes->data + row * r->codes->stride + j->first};
+    for (int64_t k = 0; k < n; k++)
         t.g[k] = gradient[k] + feedback[k];
-        t.changes[k] = 0;
-    }
     for (int64_t k = 0, end; k < n; k = end) {
         const int64_t begin = (j->first + k) / group * group,
                       whole = begin + group < r->w->cols ? begin + group : r->w->cols;
@@ -149,6 +144,9 @@ static int descend_row(void *ctx, size_t index, int worker)
             fit_scale(&t, k, end);
         fit_codes(&t, k, end);
     }
+    uint16_t *changes = (uint16_t *)j->out->data + row * j->out->stride;
+    for (int64_t k = 0; k < n; k++)
+        changes[k] = half_to_bf16(t.changes[k]);
     return 0;
 }
 
@@ -160,7 +158,7 @@ int cpu_descend_block(const struct backend *b, const struct rounding *r, const s
     CHECK(changes->cols >= 1 && changes->cols <= SWEEP_COLUMNS && first >= 0 &&
           first + changes->cols <= r->w->cols);
     CHECK(h->dtype == DTYPE_F32 && gradient->dtype == DTYPE_F32 && gradient->cols == r->w->cols &&
-          feedback->dtype == DTYPE_F32 && feedback->cols == changes->cols && changes->dtype == DTYPE_F32);
+          feedback->dtype == DTYPE_F32 && feedback->cols == changes->cols && changes->dtype == DTYPE_BF16);
     struct block_job j = {
         .r = r, .h = h, .gradient = gradient, .feedback = feedback, .out = changes, .first = first};
     return rc ? rc : parallel_for(cpu_state(b)->pool, (size_t)r->w->rows, descend_row, &j);

@@ -21,7 +21,7 @@ struct block_job {
     const int32_t *order;       /* sweep_block; at `first` */
     const float *matrix;        /* factor or h, at [first, first] */
     const float *in, *feedback; /* gradient or NULL, at `first`; feedback, at the block's first column */
-    float *out;                 /* errors or changes [rows, n] */
+    void *out;                  /* errors F32 or changes BF16 [rows, n] */
     int64_t matrix_stride, in_stride, feedback_stride, out_stride, first;
     int n; /* columns */
 };
@@ -114,7 +114,7 @@ static __device__ __forceinline__ void sweep_part(const struct block_job &j, con
         if (lane < steps && row + r < j.v.rows) {
             const float code = sweep_code(s, r, PART, g[r]);
             j.v.codes[(row + r) * j.v.codes_stride + col] = (int8_t)code;
-            j.out[(row + r) * j.out_stride + k] = s.w[r][PART] - dequantized(code, g[r]);
+            ((float *)j.out)[(row + r) * j.out_stride + k] = s.w[r][PART] - dequantized(code, g[r]);
         }
 }
 
@@ -267,7 +267,8 @@ static __device__ __forceinline__ void descend_part(const struct block_job &j, c
             const float code = descend_code(d.gradient[r][PART], p[r]),
                         before = to_float(__float2bfloat16_rn(p[r].code * d.old_scale[r]));
             j.v.codes[(row + r) * j.v.codes_stride + j.first + k] = (int8_t)code;
-            j.out[(row + r) * j.out_stride + k] = dequantized(code, p[r].grid) - before;
+            ((__nv_bfloat16 *)j.out)[(row + r) * j.out_stride + k] =
+                __float2bfloat16_rn(dequantized(code, p[r].grid) - before);
         }
 }
 
@@ -313,7 +314,7 @@ static int make_job(const struct rounding *r, const struct mat *matrix, const st
     if (rc < 0)
         return rc;
     CHECK(out->cols >= 1 && out->cols <= SWEEP_COLUMNS && first >= 0 && first + out->cols <= r->w->cols);
-    CHECK(out->dtype == DTYPE_F32 && out->rows == r->w->rows);
+    CHECK(out->rows == r->w->rows);
     CHECK(matrix->dtype == DTYPE_F32 && matrix->rows == r->w->cols && matrix->cols == r->w->cols);
     CHECK(feedback->dtype == DTYPE_F32 && feedback->rows == r->w->rows);
     *j = (struct block_job){};
@@ -324,7 +325,7 @@ static int make_job(const struct rounding *r, const struct mat *matrix, const st
     j->matrix = at(matrix, first, first);
     j->matrix_stride = matrix->stride;
     j->feedback_stride = feedback->stride;
-    j->out = (float *)out->data;
+    j->out = out->data;
     j->out_stride = out->stride;
     j->first = first;
     j->n = (int)out->cols;
@@ -354,7 +355,8 @@ extern "C" int cuda_sweep_block(const struct backend *b, const struct rounding *
     const int rc = make_job(r, factor, feedback, first, errors, "sweep_block", &j);
     if (rc < 0)
         return rc;
-    CHECK(order->dtype == DTYPE_I32 && order->cols == r->w->cols && feedback->cols == r->w->cols);
+    CHECK(errors->dtype == DTYPE_F32 && order->dtype == DTYPE_I32 && order->cols == r->w->cols &&
+          feedback->cols == r->w->cols);
     j.order = (const int32_t *)order->data + first;
     j.feedback = at(feedback, 0, first);
     return launch(b, sweep_kernel, j, "sweep_block");
@@ -369,7 +371,7 @@ extern "C" int cuda_descend_block(const struct backend *b, const struct rounding
     if (rc < 0)
         return rc;
     CHECK(gradient->dtype == DTYPE_F32 && gradient->rows == r->w->rows && gradient->cols == r->w->cols);
-    CHECK(feedback->cols == changes->cols);
+    CHECK(feedback->cols == changes->cols && changes->dtype == DTYPE_BF16);
     if (r->q->group % 32 && r->q->group < r->w->cols)
         return err_set(ERR_UNSUPPORTED,
                        "descend_block: groups of %d columns, expected a multiple of 32 or whole rows",

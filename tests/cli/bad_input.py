@@ -19,6 +19,7 @@ from model import Model, run
 
 GEMCUT, MODEL = pathlib.Path(sys.argv[1]).resolve(), pathlib.Path(sys.argv[2]).resolve()
 LINEAR = "model.layers.0.mlp.up_proj.weight"
+RTN = ("--method", "rtn")            # what is refused here is refused by every method, and this one is quick
 results = []
 
 
@@ -40,7 +41,7 @@ def refused(folder, *words, code=3, out=None, options=()):
     """quantize must end with `code` and one line on stderr that holds all the words, and leave nothing."""
     out = out or folder.parent / "out"
     before = sorted(p.name for p in out.parent.iterdir()) if out.parent.is_dir() else None
-    got, stdout, stderr = run(GEMCUT, "quantize", folder, out, "-q", *options)
+    got, stdout, stderr = run(GEMCUT, "quantize", folder, out, "-q", *RTN, *options)
     assert got == code, f"exit {got}, expected {code}: {stderr.strip()}"
     assert stderr.count("\n") == 1 and stderr.startswith("gemcut"), f"not one line: {stderr!r}"
     for word in words:
@@ -207,7 +208,7 @@ def infinite_norm(tmp, m):
 def nan_allowed(tmp, m):
     m.put(LINEAR, 2 * (3 * 256 + 5), struct.pack("<H", 0x7fc1))
     folder = m.write(tmp / "m")
-    code, _, stderr = run(GEMCUT, "quantize", folder, tmp / "out", "-q", "--allow-nonfinite")
+    code, _, stderr = run(GEMCUT, "quantize", folder, tmp / "out", "-q", *RTN, "--allow-nonfinite")
     assert code == 0, stderr
     record = json.loads((tmp / "out/gemcut.json").read_text())
     assert record["linears"][LINEAR.removesuffix(".weight")]["nonfinite_as_zero"] == 1
@@ -245,7 +246,7 @@ def config_layers_absurd(tmp, m):
 @case
 def already_quantized(tmp, m):
     folder = m.write(tmp / "m")
-    code, _, stderr = run(GEMCUT, "quantize", folder, tmp / "cut", "-q")
+    code, _, stderr = run(GEMCUT, "quantize", folder, tmp / "cut", "-q", *RTN)
     assert code == 0, stderr
     refused(tmp / "cut", "already quantized", "compressed-tensors")
 
@@ -269,7 +270,7 @@ def width_not_divisible(tmp, m):
     folder = m.write(tmp / "m", data=data)
     refused(folder, "model.layers.0.mlp.down_proj.weight", "736", "128", options=["--ragged", "error"])
     for rule, group in (("smaller", 32), ("keep", None)):
-        code, _, stderr = run(GEMCUT, "quantize", folder, tmp / rule, "--ragged", rule)
+        code, _, stderr = run(GEMCUT, "quantize", folder, tmp / rule, *RTN, "--ragged", rule)
         assert code == 0 and "6 linears" in stderr, stderr
         record = json.loads((tmp / rule / "gemcut.json").read_text())
         linear = record["linears"].get("model.layers.0.mlp.down_proj", {})
@@ -323,7 +324,8 @@ def disk_full(tmp, m):
         if mounted:
             refused(MODEL, "No space left on device", "model.safetensors", out=small / "out")
         else:  # a limit on file sizes fails in the same places
-            code, _, stderr = run("bash", "-c", f"ulimit -f 1024; exec '{GEMCUT}' quantize '{MODEL}' '{small}/out' -q")
+            command = f"ulimit -f 1024; exec '{GEMCUT}' quantize '{MODEL}' '{small}/out' -q {' '.join(RTN)}"
+            code, _, stderr = run("bash", "-c", command)
             assert code == 3 and "File too large" in stderr, (code, stderr)
             assert not any(small.iterdir())
     finally:
@@ -352,7 +354,7 @@ def big_model(tmp, m):
 
 
 def start_and_signal(tmp, folder, number):
-    process = subprocess.Popen([GEMCUT, "quantize", folder, tmp / "out"], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([GEMCUT, "quantize", folder, tmp / "out", *RTN], stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (tmp / "out.partial/model.safetensors").exists():
         time.sleep(0.002)
     process.send_signal(number)
@@ -375,11 +377,91 @@ def killed_then_again(tmp, m):
     code, _ = start_and_signal(tmp, folder, signal.SIGKILL)
     assert code == -signal.SIGKILL and not (tmp / "out").exists()
     assert (tmp / "out.partial").is_dir()
-    code, _, stderr = run(GEMCUT, "quantize", MODEL, tmp / "out", "-q")
+    code, _, stderr = run(GEMCUT, "quantize", MODEL, tmp / "out", "-q", *RTN)
     assert code == 0, stderr
     assert sorted(p.name for p in tmp.iterdir()) == ["m", "out"]
     code, _, stderr = run(GEMCUT, "verify", tmp / "out", "--against", MODEL)
     assert code == 0, stderr
+
+
+# --- runs that look at activations, the default ---------------------------------------------------------------------------
+
+CALIBRATED = ("--samples", "4", "--length", "64")
+JOURNAL = "out.partial/.gemcut-journal"
+
+
+def finished(tmp):
+    """Linears that the journal has, or -1 without one."""
+    file = tmp / JOURNAL
+    return file.read_bytes().count(b"\n") - 1 if file.exists() else -1
+
+
+def stop_calibrated(tmp, number, after, *options):
+    """Sends the signal when so many linears are finished. -> (exit code, stderr)"""
+    process = subprocess.Popen([GEMCUT, "quantize", MODEL, tmp / "out", "-q", *(options or CALIBRATED)],
+                               stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and finished(tmp) < after:
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    return process.returncode, stderr
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def resume(tmp, *options, code=0, words=()):
+    """--resume; -> stdout"""
+    got, stdout, stderr = run(GEMCUT, "quantize", MODEL, tmp / "out", *CALIBRATED, "--resume", *options)
+    assert got == code, f"exit {got}, expected {code}: {stderr.strip()}"
+    for word in words:
+        assert word in stderr, f"{word!r} is not in: {stderr.strip()}"
+    return stdout
+
+
+@case
+def calibrated_stopped_then_resumed(tmp, m):
+    resume(tmp)                                          # there is nothing yet: a run like any other
+    whole = contents(tmp / "out")
+    shutil.rmtree(tmp / "out")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        code, stderr = stop_calibrated(tmp, number, 10)
+        assert code == (-number if number == signal.SIGKILL else 3), (code, stderr)
+        if number != signal.SIGKILL:
+            assert stderr == f"gemcut: {tmp}/out.partial is kept, --resume goes on from there: interrupted\n", stderr
+        assert sorted(p.name for p in tmp.iterdir()) == ["out.partial"], list(tmp.iterdir())
+        stdout = resume(tmp)
+        n = [int(line.split()[1]) for line in stdout.splitlines() if line.startswith("resumed ")]
+        assert len(n) == 1 and 9 <= n[0] < 42, stdout
+        assert sorted(p.name for p in tmp.iterdir()) == ["out"], list(tmp.iterdir())
+        got = contents(tmp / "out")
+        assert got == whole, [name for name in got.keys() | whole.keys() if got.get(name) != whole.get(name)]
+        shutil.rmtree(tmp / "out")
+
+
+@case
+def calibrated_stopped_twice(tmp, m):
+    """Another request is refused and what there is stays; without --resume everything begins anew."""
+    for after in (5, 12):
+        code, stderr = stop_calibrated(tmp, signal.SIGINT, after, *CALIBRATED, "--resume")
+        assert code == 3 and "--resume goes on" in stderr, (code, stderr)
+    before = (tmp / JOURNAL).read_bytes()
+    for options, what in ((("--damping", "0.02"), "recipe"), (("--scheme", "w8a16"), "recipe"),
+                          (("--seed", "1"), "calibration text"), (("--order", "file"), "calibration text")):
+        resume(tmp, *options, code=2, words=["the run that is to be resumed", what])
+        assert (tmp / JOURNAL).read_bytes() == before, options
+    code, stdout, stderr = run(GEMCUT, "quantize", MODEL, tmp / "out", *CALIBRATED)
+    assert code == 0 and "resumed" not in stdout, stderr
+    assert sorted(p.name for p in tmp.iterdir()) == ["out"], list(tmp.iterdir())
+
+
+@case
+def calibrated_stopped_at_once(tmp, m):
+    """Before any linear is finished there is nothing to keep."""
+    code, stderr = stop_calibrated(tmp, signal.SIGINT, 0, "--samples", "64", "--length", "512")
+    assert code == 3 and stderr == "gemcut: interrupted\n", (code, stderr)
+    assert not any(tmp.iterdir()), list(tmp.iterdir())
 
 
 print(f"{sum(results)} passed, {len(results) - sum(results)} failed")

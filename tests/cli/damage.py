@@ -18,7 +18,7 @@ AGAINST = ("--against", MODEL, "--no-run")
 FEW = ("--against", MODEL, "--windows", 1, "--length", 64, "--tokens", 1)
 tests = Tests("gemcut-damage-")
 CUT = tests.folder / "cut"
-tests.need(GEMCUT, "quantize", MODEL, CUT, "-q")
+tests.need(GEMCUT, "quantize", MODEL, CUT, "-q", "--method", "rtn")
 
 
 def case(f):

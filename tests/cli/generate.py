@@ -15,7 +15,7 @@ PROMPT = "The old house by the river"
 GREEDY = ("--temperature", 0)
 tests = Tests("gemcut-generate-")
 CUT = tests.folder / "cut"
-tests.need(GEMCUT, "quantize", MODEL, CUT, "-q")
+tests.need(GEMCUT, "quantize", MODEL, CUT, "-q", "--method", "rtn")
 
 
 def generate(*options, model=MODEL, prompt=PROMPT):

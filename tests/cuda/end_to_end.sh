@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The program on a GPU against the program on the CPU: the same bytes of every cut, nearly the same numbers, and what is
-# refused or interrupted leaves nothing behind.
+# The program on a GPU against the program on the CPU: the same bytes of every RTN cut, GPTQ cuts that are as good and the
+# same every time, nearly the same numbers, and what is refused or interrupted leaves nothing behind but what can be
+# resumed.
 #   tests/cuda/end_to_end.sh GEMCUT MODEL [TEXT]
 # TEXT: UTF-8 to run on, by default what ships with gemcut. DEVICE names another device than cuda:0. Exit code 77
 # (skipped) only where a CUDA device is asked for and the machine has none at all.
@@ -34,9 +35,10 @@ made_by() { # made_by CUT BACKEND: not by another one in silence
     grep "\"backend\": \"$2\"" "$1/gemcut.json"
 }
 
-cut() { # cut NAME [OPTION…]: on the CPU once, on the device three times
+cut() { # cut NAME [OPTION…]: RTN, on the CPU once, on the device three times
     local name=$1
     shift
+    set -- --method rtn "$@"
     rm -rf "$tmp"/cut-*
     "$gemcut" quantize "$model" "$tmp/cut-cpu" -q --device cpu "$@" || return 1
     "$gemcut" quantize "$model" "$tmp/cut-1" -q --device "$device" "$@" || return 1
@@ -119,9 +121,9 @@ generate() { # generate MODEL [OPTION…]: the same tokens twice
     value "$tmp/text-1.json" text | tr '\n' ' '
 }
 
-"$gemcut" quantize "$model" "$tmp/g128" -q --device "$device"
-"$gemcut" quantize "$model" "$tmp/asym" -q --device "$device" --scheme w4a16-asym --group-size 32
-"$gemcut" quantize "$model" "$tmp/w8" -q --device "$device" --scheme w8a16 --group-size channel
+"$gemcut" quantize "$model" "$tmp/g128" -q --device "$device" --method rtn
+"$gemcut" quantize "$model" "$tmp/asym" -q --device "$device" --method rtn --scheme w4a16-asym --group-size 32
+"$gemcut" quantize "$model" "$tmp/w8" -q --device "$device" --method rtn --scheme w8a16 --group-size channel
 for name in g128 asym w8; do
     check "verify: $name" verify "$tmp/$name"
 done
@@ -130,6 +132,90 @@ for name in "$model" "$tmp/g128" "$tmp/asym" "$tmp/w8"; do
     check "generate: ${name##*/}, greedy" generate "$name" --temperature 0 --ignore-eos
     check "generate: ${name##*/}, sampled" generate "$name" --seed 7 --ignore-eos
 done
+
+# --- calibrated cuts --------------------------------------------------------------------------------------------------
+
+text_of_cut=(--samples 32 --length 512) # with much less of it GPTQ is no better than RTN on this model
+
+kl() { # kl CUT: of its text, on the device
+    "$gemcut" verify "$1" --against "$model" --json --windows 4 --length 512 --device "$device" >"$tmp/kl.json" || return 1
+    value "$tmp/kl.json" behaviour kl_mean
+}
+
+# Other roundings of the activations lead to other codes: what must agree with the CPU's cut is how good it is.
+gptq() { # gptq [OPTION…]: on the CPU once, on the device three times
+    local rtn cpu got
+    rm -rf "$tmp"/gptq-*
+    set -- "${text_of_cut[@]}" "$@"
+    "$gemcut" quantize "$model" "$tmp/gptq-cpu" -q --device cpu "$@" || return 1
+    "$gemcut" quantize "$model" "$tmp/gptq-rtn" -q --device "$device" --method rtn "$@" || return 1
+    "$gemcut" quantize "$model" "$tmp/gptq-1" -q --device "$device" "$@" || return 1
+    "$gemcut" quantize "$model" "$tmp/gptq-2" -q --device "$device" "$@" || return 1
+    "$gemcut" quantize "$model" "$tmp/gptq-3" -q --device "$device" --threads 1 "$@" || return 1
+    made_by "$tmp/gptq-1" "${device%%:*}" || return 1
+    diff -r "$tmp/gptq-1" "$tmp/gptq-2" || return 1
+    diff -r "$tmp/gptq-1" "$tmp/gptq-3" || return 1
+    [ ! -e "$tmp/gptq-1.partial" ] || return 1
+    rtn=$(kl "$tmp/gptq-rtn") && cpu=$(kl "$tmp/gptq-cpu") && got=$(kl "$tmp/gptq-1") || return 1
+    python3 -c '
+import sys
+got, cpu, rtn = map(float, sys.argv[1:])
+print(f"KL {got:.4f}, of the CPU {cpu:.4f}, at most 15 % apart; of RTN {rtn:.4f}")
+sys.exit(not (abs(got - cpu) <= 0.15 * cpu and got < rtn))' "$got" "$cpu" "$rtn"
+}
+
+check "gptq" gptq
+check "gptq: w4a16-asym, group 64" gptq --scheme w4a16-asym --group-size 64
+check "gptq: positive, group 32, natural order" gptq --scale-sign positive --group-size 32 --order-columns natural
+
+in_little_memory() { # with the least that it says it needs, the tokens' states lie elsewhere and nothing is computed otherwise
+    local limit=4194304 i
+    for i in 1 2 3 4; do
+        rm -rf "$tmp/budget"
+        if "$gemcut" quantize "$model" "$tmp/budget" -q --device "$device" "${text_of_cut[@]}" --memory $limit 2>"$tmp/stderr"; then
+            diff -r "$tmp/whole" "$tmp/budget" || return 1
+            echo "$limit bytes"
+            return
+        fi
+        cat "$tmp/stderr"
+        limit=$(python3 -c '
+import re, sys
+said = re.search(r"([0-9.]+) ([KMG]iB) are needed", sys.argv[1]) or sys.exit("what was said to be needed did not suffice")
+number, unit = said.groups()
+print(round(1.02 * float(number) * 1024 ** " KMG".index(unit[0])))' "$(cat "$tmp/stderr")") || return 1
+    done
+    return 1
+}
+
+finished() { # linears in the journal of a run that is under way
+    wc -l 2>/dev/null <"$tmp/killed.partial/.gemcut-journal" || echo 0
+}
+
+resumed() { # resumed SIGNAL LINES: stopped when the journal has so many, then resumed
+    local code=0 pid options=(--device "$device" "${text_of_cut[@]}")
+    rm -rf "$tmp/killed" "$tmp/killed.partial"
+    env --default-signal=INT "$gemcut" quantize "$model" "$tmp/killed" -q "${options[@]}" 2>"$tmp/stderr" &
+    pid=$!
+    while kill -0 $pid 2>/dev/null && [ "$(finished)" -lt "$2" ]; do
+        sleep 0.002
+    done
+    kill -"$1" $pid
+    wait $pid || code=$?
+    cat "$tmp/stderr"
+    if [ $code = 0 ] || [ -e "$tmp/killed" ] || [ ! -e "$tmp/killed.partial/.gemcut-journal" ]; then
+        echo "exit code $code"
+        return 1
+    fi
+    "$gemcut" quantize "$model" "$tmp/killed" --resume "${options[@]}" >"$tmp/stdout" || return 1
+    [ ! -e "$tmp/killed.partial" ] || return 1
+    diff -r "$tmp/whole" "$tmp/killed" || return 1
+    grep "^resumed " "$tmp/stdout"
+}
+
+"$gemcut" quantize "$model" "$tmp/whole" -q --device "$device" "${text_of_cut[@]}"
+check "gptq in little memory" in_little_memory
+check "gptq: SIGKILL, resumed" resumed KILL 12
+check "gptq: SIGINT, resumed" resumed INT 25
 
 # --- refused ----------------------------------------------------------------------------------------------------------
 
@@ -157,6 +243,7 @@ for wrong in cuda:99 abacus; do
 done
 for size in 1 64KiB; do
     check "quantize within $size" refused memory quantize "$model" refused --device "$device" --memory $size
+    check "quantize within $size, RTN" refused memory quantize "$model" refused --device "$device" --memory $size --method rtn
 done
 for size in 1 64KiB 1MiB; do
     check "verify within $size" refused memory verify "$tmp/g128" --against "$model" --device "$device" --memory $size
@@ -193,7 +280,7 @@ EOF
 
 interrupted() { # interrupted SIGNAL SECONDS: that long after the first byte of the result was written
     local code=0 pid
-    env --default-signal=INT "$gemcut" quantize "$tmp/big" "$tmp/stopped" -q --device "$device" 2>"$tmp/stderr" &
+    env --default-signal=INT "$gemcut" quantize "$tmp/big" "$tmp/stopped" -q --device "$device" --method rtn 2>"$tmp/stderr" &
     pid=$!
     while kill -0 $pid 2>/dev/null && [ ! -e "$tmp/stopped.partial/model.safetensors" ]; do
         sleep 0.005

@@ -1,6 +1,7 @@
 /* A device against the CPU in what calibrated methods do with codes and scales: exact where a weight decides alone, and
  * where many are weighed against each other as good as the CPU and nearly always the same.
  *   test_cuda_rounding [DEVICE]      default: cuda:0 */
+#include "base/half.h"
 #include "tests/cuda/parity.h"
 
 #include <math.h>
@@ -357,6 +358,13 @@ static struct twin shuffled(int64_t n)
     return twin_of(&(struct mat){order, DTYPE_I32, 1, n, n});
 }
 
+/* Of the memory of an F32 or BF16 matrix, gaps included. */
+static float element_at(const struct mat *m, int64_t i)
+{
+    return m->dtype == DTYPE_F32 ? ((const float *)m->data)[i]
+                                 : half_from_bf16(((const uint16_t *)m->data)[i]);
+}
+
 /* Twice on the device from the same codes; what a block writes, codes too, is the same, and nothing else is written. */
 static void compare_block(struct agreement *a, struct agreement *steps, struct subject *s,
                           struct block_run *r,
@@ -376,7 +384,7 @@ static void compare_block(struct agreement *a, struct agreement *steps, struct s
     assert_memory_equal(out.data, out_again.data, twin_bytes(&r->out));
     compare_bytes(a, &s->codes);
     for (int64_t i = 0; i < out.rows * out.stride; i++) {
-        const float got = ((const float *)out.data)[i], expected = ((const float *)r->out.m[CPU].data)[i];
+        const float got = element_at(&out, i), expected = element_at(&r->out.m[CPU], i);
         assert_true(isnan(got) == isnan(expected)); /* the gaps between rows */
         steps->places += !isnan(expected);
         steps->differ += !isnan(expected) && got != expected;
@@ -421,6 +429,8 @@ static void test_descend_block(void **state)
     (void)state;
     struct agreement codes = {"descend_block", 0, 0, 0}, changes = {"descend_block, changes", 0, 0, 0};
     for (size_t i = 0; i < N_OF(shapes) * 2; i++) {
+        if (shapes[i / 2].group % 32) /* 0: whole rows */
+            continue;
         struct subject s = make_subject(&shapes[i / 2], float_types[i % 3]);
         const int64_t n = s.shape.cols, rows = s.shape.rows;
         make_hessian(&s);
@@ -432,7 +442,7 @@ static void test_descend_block(void **state)
             r.n = i % 2 ? block_columns(n, r.first) : (block_columns(n, r.first) % 3 + 1) * 32;
             r.n = r.n < n - r.first ? r.n : n - r.first;
             r.feedback = twin_random(DTYPE_F32, rows, r.n, 2, 0.1);
-            r.out = twin_make(DTYPE_F32, rows, r.n, 1);
+            r.out = twin_make(DTYPE_BF16, rows, r.n, 1);
             compare_block(&codes, &changes, &s, &r, descend);
         }
         parity_free();

@@ -30,16 +30,18 @@ behaviour() { # behaviour NAME MODEL [OPTION…]: what verify measures against P
     check "$name: behaviour" "$python" tests/interop/test_behaviour.py "$model" "$tmp/$name" --gemcut "$gemcut" "$@"
 }
 
-tiny=data/model/gemma3-tiny
-cut_and_load range $tiny
-cut_and_load absmax $tiny --scales absmax --scale-sign positive
-cut_and_load mse-g32 $tiny --scales mse --group-size 32
-cut_and_load asym $tiny --scheme w4a16-asym
-cut_and_load w8-channel $tiny --scheme w8a16 --group-size channel
-cut_and_load mixed $tiny --ignore '*layers.2.mlp.down_proj' --override '*self_attn.q_proj=w8a16,64' --shard-size 4MB
+tiny=data/model/gemma3-tiny rtn="--method rtn"
+cut_and_load range $tiny $rtn
+cut_and_load absmax $tiny $rtn --scales absmax --scale-sign positive
+cut_and_load mse-g32 $tiny $rtn --scales mse --group-size 32
+cut_and_load asym $tiny $rtn --scheme w4a16-asym
+cut_and_load w8-channel $tiny $rtn --scheme w8a16 --group-size channel
+cut_and_load gptq $tiny --samples 32 --length 512
+cut_and_load gptq-asym $tiny --scheme w4a16-asym --samples 4 --length 128
+cut_and_load mixed $tiny $rtn --ignore '*layers.2.mlp.down_proj' --override '*self_attn.q_proj=w8a16,64' --shard-size 4MB
 for dialect in hub model; do
     check "multimodal, $dialect names: make" "$python" tests/interop/make_tiny_gemma3_mm.py "$tmp/mm-$dialect" --dialect "$dialect"
-    cut_and_load "mm-$dialect-cut" "$tmp/mm-$dialect"
+    cut_and_load "mm-$dialect-cut" "$tmp/mm-$dialect" $rtn
 done
 logits range $tiny --ids 700 # two pieces of prefill
 logits w8-channel $tiny
@@ -55,12 +57,14 @@ else
     # a signed full range is worth a tenth of KL on this model; the bounds hold it against an accident, not to a figure
     check "KL, tiny, range" "$python" tests/interop/check_kl.py $tiny "$tmp/range" --text "$tmp/heldout.txt" \
         --windows 8 --len 512 --min-kl 0.068 --max-kl 0.081
+    check "KL, tiny, gptq" "$python" tests/interop/check_kl.py $tiny "$tmp/gptq" --text "$tmp/heldout.txt" \
+        --windows 8 --len 512 --min-kl 0.035 --max-kl 0.065
     big=${GEMCUT_270M:-models/gemma-3-270m}
     check "Gemma 3 270M: make" tools/get-gemma3-270m "$big"
     check "Gemma 3 270M: tokenizer" "$python" tests/interop/test_270m_tokenizer.py --data "$data/data" --model "$big"
     zstd -dqf "$data/data/text/wiki.test.raw.zst" -o "$tmp/wiki.test.raw"
-    cut_and_load 270m-range "$big"
-    cut_and_load 270m-absmax "$big" --scales absmax
+    cut_and_load 270m-range "$big" $rtn
+    cut_and_load 270m-absmax "$big" $rtn --scales absmax
     logits 270m-range "$big" --ids 100 --tokens 32
     behaviour 270m-range "$big" --text "$tmp/wiki.test.raw" --windows 1 --length 256
     # the first window of WikiText-2 test alone; docs/benchmarks.md has all 64

@@ -5,7 +5,9 @@
 #include "base/half.h"
 #include "cli/bench.h"
 #include "cli/bench_case.h"
+#include "cli/bench_work.h"
 #include "formats/hf_config.h"
+#include "cli/recipe_args.h"
 #include "runtime/model.h"
 
 #include <math.h>
@@ -223,6 +225,135 @@ static void checkpoints_are_reproducible(void **state)
     free(c);
 }
 
+/* --- calibrated runs ------------------------------------------------------------------------------------------------ */
+
+/* gemma3-tiny: hidden 256, intermediate 768, 6 layers, 4 query and 2 key heads of 64, the last layer global, window 128,
+ * 2048 tokens: q/k/v is [512, 256], o [256, 256], gate/up [1536, 256], down [256, 768]. */
+static void count(double out[N_WORK], const struct recipe_args *args, const char *group, int64_t length,
+                  bool keep_inner)
+{
+    struct model m;
+    struct recipe recipe = {.ragged = RAGGED_SMALLER};
+    struct recipe_plan plan;
+    const struct bench_pass pass = {3, length, keep_inner};
+    assert_ok(recipe_args_apply(args, &recipe));
+    assert_ok(recipe_parse_scheme("w4a16", &recipe.scheme));
+    assert_ok(recipe_parse_group(group, &recipe.scheme.group));
+    assert_ok(model_open_unquantized(&m, support_path("one")));
+    assert_ok(model_bind(&m, NULL, NULL));
+    assert_ok(recipe_resolve(&plan, &recipe, &m.tensors));
+    bench_work_count(out, &m, &plan, &recipe, &pass);
+    recipe_plan_free(&plan);
+    model_close(&m);
+}
+
+static const double qkv = 512 * 256, o = 256 * 256, gate_up = 1536 * 256, down = 256 * 768;
+
+static void work_of_gptq(void **state)
+{
+    const struct recipe_args args = {"gptq", "auto", .damping = 0.01, .passes = 3};
+    const double weights = qkv + o + gate_up + down, tokens = 3 * 200, k2 = 256 * 256, wide2 = 768 * 768,
+                 products = (512 + 256 + 1536) * k2 + 256 * wide2; /* Σ N·K² of a layer */
+    /* tokens 1 … 128 see as many keys, 72 more see 128 where there is a window */
+    const double windowed = 128 * 129 / 2 + 72 * 128, global = 200 * 201 / 2;
+    double w[N_WORK];
+    (void)state;
+    count(w, &args, "128", 200, true);
+    assert_true(w[WORK_FORWARD] == 2 * tokens * (6 * weights - down) + 4 * 256 * 3 * (5 * windowed + global));
+    assert_true(w[WORK_HESSIAN] == 6 * (tokens * (3 * k2 + wide2) + 2 * tokens * (o + down)));
+    assert_true(fabs(w[WORK_FACTOR] / (6 * (3 * k2 * 256 + wide2 * 768) / 3) - 1) < 1e-12);
+    assert_true(w[WORK_SEARCH] == 6 * weights * 2 * (61 + 13));
+    assert_true(w[WORK_MEASURE] == 6 * 3 * 2 * products);
+    assert_true(w[WORK_SWEEP] == 6 * products);
+    assert_true(w[WORK_REFIT] == 0);
+    assert_true(w[WORK_DESCEND] == 6 * (2 + 2 + 2 + 1) * products);
+    assert_true(w[WORK_DELIVER] == 6 * weights * (0.5 + 2.0 / 128));
+    assert_true(w[WORK_LOAD] >= 2 * (6 * weights + 2048 * 256) &&
+                w[WORK_LOAD] < 2.02 * (6 * weights + 2048 * 256));
+    /* gate and up of five layers once more */
+    const double kept = w[WORK_FORWARD];
+    count(w, &args, "128", 200, false);
+    assert_true(w[WORK_FORWARD] == kept + 2 * tokens * 5 * gate_up);
+    /* long groups */
+    count(w, &args, "256", 200, true);
+    assert_true(w[WORK_SEARCH] == 6 * weights * 2 * 61);
+    assert_true(w[WORK_REFIT] == 6 * 4 * products && w[WORK_DESCEND] == 6 * 3 * (2 + 1) * products);
+}
+
+/* Scales under a Hessian without a sweep; one scale a row. */
+static void work_of_searched_scales(void **state)
+{
+    const struct recipe_args args = {"rtn", "weighted", .damping = 0.01, .passes = 2};
+    double w[N_WORK];
+    (void)state;
+    count(w, &args, "channel", 64, true);
+    assert_true(w[WORK_FACTOR] == 0 && w[WORK_SWEEP] == 0 && w[WORK_REFIT] == 0 && w[WORK_DESCEND] == 0);
+    assert_true(w[WORK_SEARCH] == 6 * (qkv + o + gate_up + down) * 2 * 61);
+    assert_true(w[WORK_MEASURE] > 0);
+    assert_true(w[WORK_DELIVER] == 6 * ((qkv + o + gate_up + down) / 2 + 2 * (512 + 256 + 1536 + 256)));
+}
+
+static void random_ids(void **state)
+{
+    struct bench q = {.shape = shape_named("gemma3-tiny"), .recipe.calib = {.samples = 3, .length = 20}};
+    struct dataset d, other;
+    int different = 0;
+    (void)state;
+    assert_ok(bench_ids(&q, &d));
+    q.seed = 1;
+    assert_ok(bench_ids(&q, &other));
+    assert_true(d.samples == 3 && d.length == 20);
+    for (int i = 0; i < 60; i++) {
+        assert_true(d.ids[i] >= 0 && d.ids[i] < 2048);
+        assert_true(i % 20 || (d.ids[i] == 2 && other.ids[i] == 2));
+        different += d.ids[i] != other.ids[i];
+    }
+    assert_true(different > 50);
+    dataset_free(&d);
+    dataset_free(&other);
+}
+
+static void lengths_fit_the_context(void **state)
+{
+    int64_t length = 0;
+    (void)state;
+    assert_ok(bench_settle_length(shape_named("gemma3-tiny"), &length));
+    assert_int_equal(length, 2048); /* its whole context */
+    length = 0;
+    assert_ok(bench_settle_length(shape_named("gemma-3-4b"), &length));
+    assert_int_equal(length, 2048);
+    length = 2049;
+    assert_ok(bench_settle_length(shape_named("gemma-3-4b"), &length));
+    assert_int_equal(length, 2049);
+    assert_int_equal(bench_settle_length(shape_named("gemma3-tiny"), &length), ERR_USAGE);
+}
+
+/* What options come to, for quantize and bench alike. */
+static void methods_and_scales(void **state)
+{
+    static const struct {
+        const char *method, *scales, *text;
+        bool calibrated;
+        enum scale_rule rule;
+        int passes;
+    } cases[] = {
+        {"rtn", "auto", NULL, false, SCALE_RANGE, 0},       {"rtn", "mse", NULL, false, SCALE_MSE, 0},
+        {"rtn", "weighted", NULL, true, SCALE_WEIGHTED, 0}, {"rtn", "auto", "a.txt", true, SCALE_BLOCK, 0},
+        {"gptq", "auto", NULL, true, SCALE_BLOCK, 4},       {"gptq", "range", NULL, true, SCALE_RANGE, 4}};
+    (void)state;
+    for (size_t i = 0; i < N_OF(cases); i++) {
+        const struct recipe_args args = {cases[i].method, cases[i].scales, .passes = 4,
+                                         .calib.text = cases[i].text};
+        struct recipe r = {0};
+        assert_ok(recipe_args_apply(&args, &r));
+        assert_string_equal(r.method, cases[i].method);
+        assert_true(r.calibrated == cases[i].calibrated && r.scales.rule == cases[i].rule &&
+                    r.passes == cases[i].passes);
+        if (r.calibrated)
+            assert_string_equal(r.calib.text, cases[i].text ? cases[i].text : DOCUMENTS_BUILTIN);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -236,6 +367,11 @@ int main(void)
         cmocka_unit_test(attention_pairs),
         cmocka_unit_test(checkpoints_are_models),
         cmocka_unit_test(checkpoints_are_reproducible),
+        cmocka_unit_test(work_of_gptq),
+        cmocka_unit_test(work_of_searched_scales),
+        cmocka_unit_test(random_ids),
+        cmocka_unit_test(lengths_fit_the_context),
+        cmocka_unit_test(methods_and_scales),
     };
     return cmocka_run_group_tests(tests, support_make_folder, support_remove_folder);
 }
