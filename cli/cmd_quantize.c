@@ -309,6 +309,14 @@ static int describe_plan(const struct cut *cut, const struct recipe *recipe, str
                 (double)t.n_quantized / 1e6, t.n_kept);
     text_printf(out, "memory   about %s with %d thread%s\n", human_bytes(t.memory_bytes).s, t.n_workers,
                 t.n_workers == 1 ? "" : "s");
+    if (cut_data(cut)) {
+        text_printf(out, "         %s of the device for calibration",
+                    human_bytes(t.calibration.device_bytes).s);
+        if (t.calibration.host_bytes)
+            text_printf(out, ", %s of the host", human_bytes(t.calibration.host_bytes).s);
+        text_printf(out, "\ntext     %s, %lld samples of %lld tokens\n", recipe->calib.text,
+                    (long long)cut_data(cut)->samples, (long long)cut_data(cut)->length);
+    }
     text_printf(out, "time     about %s, if storage keeps up with 2 GB/s\n", human_seconds(seconds).s);
     return describe_exceptions(cut, out);
 }
@@ -326,6 +334,10 @@ static int plan_json(const struct cut *cut, const struct recipe *recipe, struct 
     json_kv_uint(out, "source_bytes", t.source_bytes);
     json_kv_uint(out, "output_bytes", t.output_bytes);
     json_kv_uint(out, "memory_bytes", t.memory_bytes);
+    if (cut_data(cut)) {
+        json_kv_uint(out, "calibration_device_bytes", t.calibration.device_bytes);
+        json_kv_uint(out, "calibration_host_bytes", t.calibration.host_bytes);
+    }
     json_kv_uint(out, "quantized_linears", t.n_linears);
     json_kv_uint(out, "kept_linears", t.n_kept);
     json_kv_int(out, "quantized_parameters", t.n_quantized);

@@ -1,5 +1,6 @@
 #include "quantize/calibrate.h"
 
+#include "base/clock.h"
 #include "base/err.h"
 #include "base/mem.h"
 #include "kernels/arena.h"
@@ -149,7 +150,7 @@ static int other_bytes(const struct model *m, const struct recipe_plan *plan, co
 }
 
 int calibrate_plan(struct calibrate_plan *out, const struct model *m, const struct recipe_plan *plan,
-                   const struct backend *b, int64_t samples, int64_t length)
+                   const struct backend *b, const struct dataset *data, uint64_t reserved)
 {
     struct device_memory memory;
     uint64_t other;
@@ -161,7 +162,9 @@ int calibrate_plan(struct calibrate_plan *out, const struct model *m, const stru
     const uint64_t limit = budget_limit(),
                    usable = memory.free - memory.free / 16; /* what drivers and libraries take */
     uint64_t allowed = limit && limit < usable ? limit : usable;
-    capture_plan(&out->capture, &m->gemma, b, samples, length, allowed > other ? allowed - other : 0);
+    allowed -= reserved < allowed ? reserved : allowed;
+    capture_plan(&out->capture, &m->gemma, b, data->samples, data->length,
+                 allowed > other ? allowed - other : 0);
     /* the embedding is there only while there is nothing but the states */
     const uint64_t outer = weights_part_bytes(m, WEIGHTS_OUTER);
     out->device_bytes = out->capture.device_bytes + (other > outer ? other : outer);
@@ -170,8 +173,54 @@ int calibrate_plan(struct calibrate_plan *out, const struct model *m, const stru
         return 0;
     char need[32], has[32];
     return err_set(ERR_MEMORY, "%s: %s are needed to calibrate with %lld samples of %lld tokens, %s are %s",
-                   b->name, text_bytes(out->device_bytes, need), (long long)samples, (long long)length,
-                   text_bytes(allowed, has), limit && limit < usable ? "in the memory budget" : "free");
+                   b->name, text_bytes(out->device_bytes, need), (long long)data->samples,
+                   (long long)data->length, text_bytes(allowed, has),
+                   limit && limit < usable ? "in the memory budget" : "free");
+}
+
+/* Seconds for a multiplication and an addition in a product of activations. */
+static int measure_product(const struct backend *b, int64_t hidden, double *seconds)
+{
+    enum { ROWS = 1024, TIMES = 3 };
+    const size_t act = dtype_bytes(b->activation), bytes = (size_t)((2 * ROWS + hidden) * hidden) * act;
+    struct buf memory;
+    int rc = b->core->acquire(b, bytes, "a trial product", &memory);
+    if (rc < 0)
+        return rc;
+    char *at = memory.ptr;
+    const struct mat x = {at, b->activation, ROWS, hidden, hidden},
+                     out = {at + (size_t)(ROWS * hidden) * act, b->activation, ROWS, hidden, hidden},
+                     w = {at + (size_t)(2 * ROWS * hidden) * act, b->activation, hidden, hidden, hidden};
+    rc = b->core->zero(b, &(struct mat){at, b->activation, 2 * ROWS + hidden, hidden, hidden});
+    double start = 0;
+    for (int i = 0; !rc && i <= TIMES; i++) { /* the first one warms up */
+        rc = b->core->gemm(b, &x, &w, &out);
+        if (!rc && (i == 0 || i == TIMES))
+            rc = b->core->wait(b);
+        start = i ? start : clock_seconds();
+    }
+    *seconds = (clock_seconds() - start) / (2.0 * TIMES * ROWS * (double)(hidden * hidden));
+    b->core->release(b, &memory);
+    return rc;
+}
+
+int calibrate_estimate(const struct model *m, const struct recipe_plan *plan, const struct backend *b,
+                       const struct dataset *data, int passes, double *seconds)
+{
+    const double tokens = (double)(data->samples * data->length);
+    double work = 0, each = 0;
+    for (int layer = 0; layer < (int)m->gemma.n_layers; layer++)
+        for (int k = 0; k < N_FUSED; k++) {
+            const struct set s = find_set(plan, layer, (enum gemma_fused)k);
+            const double rows = (double)s.rows, cols = (double)s.cols;
+            work += 2.6 * rows * cols * tokens; /* the pass, and what weighs tokens */
+            if (s.n && s.members->quantized)    /* products with the Hessian are three of the device's */
+                work +=
+                    1.2 * cols * cols * tokens + cols * cols * cols + 6 * (4 + passes) * rows * cols * cols;
+        }
+    const int rc = measure_product(b, m->gemma.hidden_size, &each);
+    *seconds = work * each;
+    return rc;
 }
 
 static int deliver(void *ctx, const struct outbox_slot *slot, const void *item);
@@ -192,7 +241,7 @@ static int open_run(struct run *r, const struct dataset *data)
 {
     const int64_t n_layers = r->m->gemma.n_layers;
     struct calibrate_plan plan;
-    int rc = calibrate_plan(&plan, r->m, r->plan, r->b, data->samples, data->length);
+    int rc = calibrate_plan(&plan, r->m, r->plan, r->b, data, r->o->reserved);
     struct gptq_size *sizes = rc ? NULL : mem_alloc((size_t)n_layers * N_FUSED, sizeof *sizes, "the plan");
     if (!rc && !sizes)
         rc = ERR_MEMORY;
@@ -332,7 +381,7 @@ static int replace_weight(const struct run *r, struct linear *l, const struct qm
 }
 
 /* Counts weights that are not finite and sets them to 0, or refuses them. */
-static int check_finite(const struct run *r, const struct set *s, const struct piece *p, int64_t *n_nonfinite)
+static int check_piece(const struct run *r, const struct set *s, const struct piece *p, int64_t *n_nonfinite)
 {
     const struct core_ops *core = r->b->core;
     int64_t *found = r->n_found.device;
@@ -359,10 +408,22 @@ static int check_finite(const struct run *r, const struct set *s, const struct p
     return rc;
 }
 
-static int solve(struct run *r, const struct set *s, struct linear_set *l, const struct mat *h)
+static int check_finite(const struct run *r, const struct set *s, struct linear_set *l, int64_t *n_nonfinite)
+{
+    struct piece pieces[GPTQ_MAX_PARTS];
+    const int n = list_pieces(s, l, pieces);
+    int rc = 0;
+    for (int i = 0; !rc && i < n; i++)
+        rc = check_piece(r, s, &pieces[i], n_nonfinite);
+    return rc;
+}
+
+static int solve(struct run *r, const struct set *s, struct linear_set *l, const struct mat *h,
+                 const int64_t *n_nonfinite)
 {
     struct piece pieces[GPTQ_MAX_PARTS];
     struct result result = {.set = *s};
+    memcpy(result.n_nonfinite, n_nonfinite, sizeof result.n_nonfinite);
     const int n = list_pieces(s, l, pieces);
     int rc = r->b->quant->hessian_finish(r->b, h);
     if (!rc)
@@ -372,9 +433,7 @@ static int solve(struct run *r, const struct set *s, struct linear_set *l, const
     for (int i = 0; !rc && i < n; i++) {
         const struct piece *p = &pieces[i];
         const struct qmat q = device_rows(r, s, p->row, p->rows);
-        rc = check_finite(r, s, p, result.n_nonfinite);
-        if (!rc)
-            rc = gptq_quantize(r->gptq, &p->linear->weight, &q, &p->parts, &result.stats[p->first]);
+        rc = gptq_quantize(r->gptq, &p->linear->weight, &q, &p->parts, &result.stats[p->first]);
         if (!rc)
             rc = replace_weight(r, p->linear, &q);
     }
@@ -427,10 +486,13 @@ static int run_set(struct run *r, int layer, enum gemma_fused kind)
         return known;
     const struct mat h = {r->hessian.ptr, DTYPE_F32, s.cols, s.cols, s.cols};
     const bool open = quantized && !known;
-    int rc = open ? r->b->core->zero(r->b, &h) : 0;
+    int64_t n_nonfinite[GPTQ_MAX_PARTS] = {0};
+    int rc = open ? check_finite(r, &s, places[kind], n_nonfinite) : 0;
+    if (!rc && open)
+        rc = r->b->core->zero(r->b, &h);
     if (!rc)
         rc = capture_inputs(r->capture, layer, kind, open ? &h : NULL);
-    return rc || !open ? rc : solve(r, &s, places[kind], &h);
+    return rc || !open ? rc : solve(r, &s, places[kind], &h, n_nonfinite);
 }
 
 /* --- all blocks ------------------------------------------------------------------------------------------------- */

@@ -12,6 +12,7 @@
 struct calibrate_options {
     struct gptq_options gptq;
     int32_t skip_id;      /* a token whose activations are left out of the Hessians, or −1 */
+    uint64_t reserved;    /* bytes of the device that others take meanwhile */
     bool allow_nonfinite; /* such weights are taken as 0; otherwise they are refused */
 };
 
@@ -39,7 +40,11 @@ struct calibrate_plan {
 
 /* What a run will hold, and how. ERR_MEMORY where the device has not enough in any way. */
 int calibrate_plan(struct calibrate_plan *out, const struct model *m, const struct recipe_plan *plan,
-                   const struct backend *b, int64_t samples, int64_t length);
+                   const struct backend *b, const struct dataset *data, uint64_t reserved);
+
+/* Seconds that a run will take, from the rate of one product on this device; a rough guide. */
+int calibrate_estimate(const struct model *m, const struct recipe_plan *plan, const struct backend *b,
+                       const struct dataset *data, int passes, double *seconds);
 
 /* seconds: [N_WORK] of quantize/work.h, or NULL */
 int calibrate_run(const struct model *m, const struct recipe_plan *plan, const struct backend *b,

@@ -47,21 +47,39 @@ struct cut {
 
 /* --- opening -------------------------------------------------------------------------------------------------- */
 
-/* As many workers as are asked for, or fewer where they would not fit --memory. */
+/* Beside a calibrated run few threads do for what is passed on, and more would get in its way. */
+enum { COPY_WORKERS = 8 };
+
+/* As many workers as are asked for, or fewer where they would not fit --memory; calibration wants most of that. */
 static int open_pool(struct cut *c)
 {
+    const bool calibrated = c->options.recipe.calibrated;
     int rc = parallel_open(&c->pool, c->options.n_workers);
-    const uint64_t each = pipeline_worker_bytes(c->pipeline), limit = budget_limit();
-    if (rc < 0 || !limit || limit / each >= (uint64_t)parallel_workers(c->pool))
+    if (rc < 0)
         return rc;
-    parallel_close(c->pool);
-    c->pool = NULL;
+    const uint64_t each = pipeline_worker_bytes(c->pipeline), limit = budget_limit(),
+                   share = calibrated ? limit / 16 : limit;
+    uint64_t n = (uint64_t)parallel_workers(c->pool);
+    if (calibrated && n > COPY_WORKERS)
+        n = COPY_WORKERS;
+    if (limit && share / each < n)
+        n = share / each ? share / each : 1;
     char needed[32], allowed[32];
-    if (limit < each)
+    if (limit && limit < each)
         return err_set(ERR_MEMORY,
                        "%s: %s are needed to quantize rows of the largest tensor, the memory budget is %s",
                        c->backend.name, text_bytes(each, needed), text_bytes(limit, allowed));
-    return parallel_open(&c->pool, (int)(limit / each));
+    if (n == (uint64_t)parallel_workers(c->pool))
+        return 0;
+    parallel_close(c->pool);
+    c->pool = NULL;
+    return parallel_open(&c->pool, (int)n);
+}
+
+/* What the thread that passes tensors on takes from the backend. */
+static uint64_t copying_bytes(const struct cut *c)
+{
+    return (uint64_t)parallel_workers(c->pool) * pipeline_worker_bytes(c->pipeline);
 }
 
 /* What a calibrated method looks at, and what it will need. */
@@ -76,8 +94,7 @@ static int open_calibration(struct cut *c)
     if (!c->options.data)
         rc = calib_data_make(&c->own, &c->source, &c->backend, &r->calib, &c->bos);
     return rc ? rc
-              : calibrate_plan(&c->calibration, &c->source, &c->plan, &c->backend, c->data->samples,
-                               c->data->length);
+              : calibrate_plan(&c->calibration, &c->source, &c->plan, &c->backend, c->data, copying_bytes(c));
 }
 
 int cut_open(struct cut **out, const struct cut_options *options)
@@ -219,10 +236,12 @@ int cut_estimate(const struct cut *c, double *seconds)
 {
     const double storage_rate = 2e9;
     const struct cut_totals t = cut_totals(c);
-    double each;
-    const int rc = measure_kernels(c, &each);
+    double each = 0, calibration = 0;
+    const int rc = c->data ? calibrate_estimate(&c->source, &c->plan, &c->backend, c->data,
+                                                c->options.recipe.passes, &calibration)
+                           : measure_kernels(c, &each);
     if (!rc)
-        *seconds = (double)t.n_quantized * each / t.n_workers +
+        *seconds = (double)t.n_quantized * each / t.n_workers + calibration +
                    (double)(t.source_bytes + t.output_bytes) / storage_rate;
     return rc;
 }
@@ -495,7 +514,8 @@ static int calibrate(struct cut *c, const struct cut_events *events)
     const struct recipe *r = &c->options.recipe;
     const struct calibrate_options options = {.gptq = recipe_gptq(r),
                                               .skip_id = r->calib.skip_bos ? c->bos : -1,
-                                              .allow_nonfinite = r->allow_nonfinite};
+                                              .allow_nonfinite = r->allow_nonfinite,
+                                              .reserved = copying_bytes(c)};
     const struct calibrate_events inner = {
         .on_linear = deliver, .known = c->options.resume ? recall : NULL, .ctx = c};
     c->events = (struct pipeline_events){.on_linear = events->on_linear, .ctx = events->ctx};
@@ -543,6 +563,9 @@ static bool worth_keeping(const struct cut *c, int rc)
 
 int cut_run(struct cut *c, const struct cut_events *events)
 {
+    if (c->options.resume && !c->data)
+        return err_set(ERR_USAGE,
+                       "--resume is for methods with calibration; this one begins anew in no time");
     char *journal = file_join(c->place.partial, JOURNAL_NAME);
     if (!journal)
         return ERR_MEMORY;

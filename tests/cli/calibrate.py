@@ -85,7 +85,7 @@ def check_linear(name, linear):
 def gptq_by_default(tmp):
     record = cut(tmp / "out", only=None)
     recipe, calibration, linears = record["recipe"], record["calibration"], record["linears"]
-    expected = {"method": "gptq", "scheme": "w4a16", "group_size": 128, "scales": "block", "refine": 2, "passes": 2,
+    expected = {"method": "gptq", "scheme": "w4a16", "group_size": 128, "scales": "block", "refine": 8,
                 "damping": 0.01, "order_columns": "activation"}
     assert {k: recipe[k] for k in expected} == expected, recipe
     ids = calibration.pop("ids")
@@ -122,7 +122,7 @@ def what_changes_the_result(tmp):
     weights = tensors(tmp / "plain")
     for options, settings in ((("--seed", 1), {}), (("--order", "file"), {}), ((), {"length": 64}), ((), {"samples": 4}),
                               (("--skip-bos",), {}), (("--damping", 0.1), {}), (("--refine", 0), {}),
-                              (("--passes", 0), {}), (("--order-columns", "natural"), {}), (("--scales", "range"), {}),
+                              (("--refine", 1), {}), (("--order-columns", "natural"), {}), (("--scales", "range"), {}),
                               (("--scales", "weighted"), {}), (("--scale-sign", "positive"), {})):
         record = cut(tmp / "out", *calib, *options, **settings)
         text = settings or options[0] in ("--seed", "--order")
@@ -265,7 +265,7 @@ def impossible_requests(tmp):
     refused(tmp, length=CONTEXT + 1, words=[CONTEXT + 1, CONTEXT, "context"])
     for settings in ({"samples": 0}, {"samples": -1}, {"length": 1}, {"length": "many"}):
         refused(tmp, words=[f"--{next(iter(settings))}"], **settings)
-    for option, value in (("--damping", 0), ("--damping", "nan"), ("--damping", 2), ("--refine", -1), ("--passes", 101),
+    for option, value in (("--damping", 0), ("--damping", "nan"), ("--damping", 2), ("--refine", -1), ("--refine", 1001),
                           ("--order", "none"), ("--scales", "best"), ("--method", "awq")):
         refused(tmp, option, value, words=[option, value])
     refused(tmp, "--ignore", "*", words=["quantizes nothing"])
