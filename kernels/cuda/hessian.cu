@@ -12,7 +12,7 @@ enum {
     THREADS = 256,
     TILE = 32, /* a block of 32 × 8 threads takes a tile of 32 × 32 */
     TILE_ROWS = 8,
-    PANEL = 2048, /* rows of H: what is computed above the diagonal is at most this wide */
+    PANEL = 1024, /* rows of H: what is computed above the diagonal is at most this wide */
     WHOLE = 4096, /* up to here one product is as fast */
 };
 
