@@ -144,7 +144,8 @@ static int other_bytes(const struct model *m, const struct recipe_plan *plan, co
         hessian = bytes > hessian ? bytes : hessian;
     }
     const struct result_bytes result = largest_result(plan, n_layers);
-    *out = part + hessian + gptq_bytes(sizes, n) + codes_bytes(&result) + b->scratch_bytes;
+    *out = part + hessian + gptq_bytes(sizes, n) + codes_bytes(&result) + b->scratch_bytes +
+           weights_loader_bytes(b);
     free(sizes);
     return 0;
 }
@@ -161,13 +162,12 @@ int calibrate_plan(struct calibrate_plan *out, const struct model *m, const stru
         return rc;
     const uint64_t limit = budget_limit(),
                    usable = memory.free - memory.free / 16; /* what drivers and libraries take */
-    uint64_t allowed = limit && limit < usable ? limit : usable;
-    allowed -= reserved < allowed ? reserved : allowed;
+    const uint64_t allowed = limit && limit < usable ? limit : usable, taken = other + reserved;
     capture_plan(&out->capture, &m->gemma, b, data->samples, data->length,
-                 allowed > other ? allowed - other : 0);
+                 allowed > taken ? allowed - taken : 0);
     /* the embedding is there only while there is nothing but the states */
-    const uint64_t outer = weights_part_bytes(m, WEIGHTS_OUTER);
-    out->device_bytes = out->capture.device_bytes + (other > outer ? other : outer);
+    const uint64_t outer = weights_part_bytes(m, WEIGHTS_OUTER) + weights_loader_bytes(b);
+    out->device_bytes = out->capture.device_bytes + reserved + (other > outer ? other : outer);
     out->host_bytes = out->capture.host_bytes;
     if (out->device_bytes <= allowed)
         return 0;

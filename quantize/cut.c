@@ -50,30 +50,28 @@ struct cut {
 /* Beside a calibrated run few threads do for what is passed on, and more would get in its way. */
 enum { COPY_WORKERS = 8 };
 
-/* As many workers as are asked for, or fewer where they would not fit --memory; calibration wants most of that. */
+/* As many workers as are asked for; fewer where they would not fit --memory, and one where calibration wants that. */
 static int open_pool(struct cut *c)
 {
     const bool calibrated = c->options.recipe.calibrated;
     int rc = parallel_open(&c->pool, c->options.n_workers);
     if (rc < 0)
         return rc;
-    const uint64_t each = pipeline_worker_bytes(c->pipeline), limit = budget_limit(),
-                   share = calibrated ? limit / 16 : limit;
+    const uint64_t each = pipeline_worker_bytes(c->pipeline), limit = budget_limit();
     uint64_t n = (uint64_t)parallel_workers(c->pool);
-    if (calibrated && n > COPY_WORKERS)
-        n = COPY_WORKERS;
-    if (limit && share / each < n)
-        n = share / each ? share / each : 1;
-    char needed[32], allowed[32];
-    if (limit && limit < each)
-        return err_set(ERR_MEMORY,
-                       "%s: %s are needed to quantize rows of the largest tensor, the memory budget is %s",
-                       c->backend.name, text_bytes(each, needed), text_bytes(limit, allowed));
+    if (calibrated)
+        n = limit ? 1 : n < COPY_WORKERS ? n : COPY_WORKERS;
+    else if (limit && limit / each < n)
+        n = limit / each;
     if (n == (uint64_t)parallel_workers(c->pool))
         return 0;
     parallel_close(c->pool);
     c->pool = NULL;
-    return parallel_open(&c->pool, (int)n);
+    char needed[32], allowed[32];
+    return n ? parallel_open(&c->pool, (int)n)
+             : err_set(ERR_MEMORY,
+                       "%s: %s are needed to quantize rows of the largest tensor, the memory budget is %s",
+                       c->backend.name, text_bytes(each, needed), text_bytes(limit, allowed));
 }
 
 /* What the thread that passes tensors on takes from the backend. */

@@ -62,6 +62,9 @@ void weights_unload_part(struct weights *w, int part);
 uint64_t weights_bytes(const struct model *m);
 uint64_t weights_part_bytes(const struct model *m, int part);
 
+/* What the threads that load them take of the device beside, until weights_load returns or, in parts, weights_free. */
+uint64_t weights_loader_bytes(const struct backend *b);
+
 /* out [n, Σ rows] = x [n, cols]·Wᵀ, part by part from left to right */
 int linear_set_forward(const struct backend *b, const struct linear_set *s, const struct mat *x,
                        const struct mat *out);
