@@ -125,6 +125,12 @@ static size_t codes_bytes(const struct result_bytes *r)
 
 /* --- memory ----------------------------------------------------------------------------------------------------- */
 
+/* Of results on their way out, in the host's memory. */
+static uint64_t results_bytes(const struct result_bytes *r)
+{
+    return outbox_bytes(&(struct outbox_size){r->packed, r->scales, r->zeros, sizeof(struct result)});
+}
+
 /* What the device needs beside states and activations. */
 static int other_bytes(const struct model *m, const struct recipe_plan *plan, const struct backend *b,
                        uint64_t *out)
@@ -144,8 +150,10 @@ static int other_bytes(const struct model *m, const struct recipe_plan *plan, co
         hessian = bytes > hessian ? bytes : hessian;
     }
     const struct result_bytes result = largest_result(plan, n_layers);
-    *out = part + hessian + gptq_bytes(sizes, n) + codes_bytes(&result) + b->scratch_bytes +
-           weights_loader_bytes(b);
+    *out = part + hessian + gptq_bytes(sizes, n) + codes_bytes(&result) + GPTQ_MAX_PARTS * sizeof(int64_t) +
+           b->scratch_bytes + weights_loader_bytes(b);
+    if (b->host_memory)
+        *out += results_bytes(&result);
     free(sizes);
     return 0;
 }
@@ -168,7 +176,8 @@ int calibrate_plan(struct calibrate_plan *out, const struct model *m, const stru
     /* the embedding is there only while there is nothing but the states */
     const uint64_t outer = weights_part_bytes(m, WEIGHTS_OUTER) + weights_loader_bytes(b);
     out->device_bytes = out->capture.device_bytes + reserved + (other > outer ? other : outer);
-    out->host_bytes = out->capture.host_bytes;
+    const struct result_bytes result = largest_result(plan, m->gemma.n_layers);
+    out->host_bytes = out->capture.host_bytes + (b->host_memory ? 0 : results_bytes(&result));
     if (out->device_bytes <= allowed)
         return 0;
     char need[32], has[32];

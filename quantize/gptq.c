@@ -59,6 +59,8 @@ static int64_t least(int64_t a, int64_t b)
     return a < b ? a : b;
 }
 
+enum { SUMS_BYTES = GPTQ_MAX_PARTS * N_SUMS * sizeof(double) + (1 + GPTQ_MAX_PARTS) * sizeof(int64_t) };
+
 /* The factor lies in front, where every weight of a set finds it. */
 static uint64_t lay_out(void *base, const struct gptq_size *s, struct space *out)
 {
@@ -81,7 +83,8 @@ static uint64_t lay_out(void *base, const struct gptq_size *s, struct space *out
     return at > behind ? at : behind;
 }
 
-uint64_t gptq_bytes(const struct gptq_size *sizes, size_t n)
+/* In one piece, the most of any size. */
+static uint64_t space_bytes(const struct gptq_size *sizes, size_t n)
 {
     uint64_t most = 0;
     for (size_t i = 0; i < n; i++) {
@@ -92,6 +95,19 @@ uint64_t gptq_bytes(const struct gptq_size *sizes, size_t n)
     return most;
 }
 
+static int64_t most_cols(const struct gptq_size *sizes, size_t n)
+{
+    int64_t cols = 0;
+    for (size_t i = 0; i < n; i++)
+        cols = sizes[i].cols > cols ? sizes[i].cols : cols;
+    return cols;
+}
+
+uint64_t gptq_bytes(const struct gptq_size *sizes, size_t n)
+{
+    return space_bytes(sizes, n) + (uint64_t)most_cols(sizes, n) * sizeof(int32_t) + SUMS_BYTES;
+}
+
 int gptq_open(struct gptq **out, const struct backend *b, const struct gptq_options *options,
               const struct gptq_size *sizes, size_t n, struct work_clock *clock)
 {
@@ -100,17 +116,14 @@ int gptq_open(struct gptq **out, const struct backend *b, const struct gptq_opti
     if (!g)
         return ERR_MEMORY;
     *g = (struct gptq){.b = b, .o = *options, .clock = clock};
-    int64_t cols = 0;
-    for (size_t i = 0; i < n; i++)
-        cols = sizes[i].cols > cols ? sizes[i].cols : cols;
+    const int64_t cols = most_cols(sizes, n);
     g->diagonal = mem_alloc((size_t)cols, sizeof *g->diagonal, "a Hessian's diagonal");
     int rc = g->diagonal ? 0 : ERR_MEMORY;
     if (!rc)
-        rc = b->core->acquire(b, gptq_bytes(sizes, n), "codes on their way", &g->memory);
+        rc = b->core->acquire(b, space_bytes(sizes, n), "codes on their way", &g->memory);
     const struct staged_need needs[] = {
         {&g->order, (size_t)cols * sizeof(int32_t), "an order of columns"},
-        {&g->sums, GPTQ_MAX_PARTS * N_SUMS * sizeof(double) + (1 + GPTQ_MAX_PARTS) * sizeof(int64_t),
-         "errors"},
+        {&g->sums, SUMS_BYTES, "errors"},
     };
     if (!rc)
         rc = backend_acquire_staged(b, needs, sizeof needs / sizeof *needs);

@@ -68,6 +68,11 @@ static int open_slot(struct outbox *o, size_t i)
     return rc ? rc : o->b->core->acquire_host(o->b, o->size.zeros, "zero points", &s->zeros);
 }
 
+uint64_t outbox_bytes(const struct outbox_size *size)
+{
+    return (uint64_t)N_SLOTS * (size->packed + size->scales + size->zeros);
+}
+
 int outbox_open(struct outbox **out, const struct backend *b, const struct outbox_size *size,
                 outbox_deliver deliver, void *ctx)
 {

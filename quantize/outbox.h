@@ -21,6 +21,9 @@ struct outbox_size {
     size_t packed, scales, zeros, item; /* bytes */
 };
 
+/* Of the host, that outbox_open takes. */
+uint64_t outbox_bytes(const struct outbox_size *size);
+
 int outbox_open(struct outbox **out, const struct backend *b, const struct outbox_size *size,
                 outbox_deliver deliver, void *ctx);
 
