@@ -3,6 +3,10 @@
 #include "base/file.h"
 #include "tests/unit/support.h"
 
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 const struct cut_events cutting_silent;
 
 struct cut_options cutting_options(const char *model, const char *out)
@@ -72,4 +76,33 @@ void cutting_check_absent(const char *out)
 {
     assert_false(file_exists(out));
     assert_false(file_exists(cutting_partial(out)));
+}
+
+void cutting_kill_here(void *ctx, const struct cut_linear *linear)
+{
+    (void)linear;
+    if (--*(int *)ctx == 0)
+        kill(getpid(), SIGKILL);
+}
+
+void cutting_kill_at_check(void *ctx, enum cut_stage stage, uint64_t total)
+{
+    (void)ctx;
+    (void)total;
+    if (stage == CUT_CHECK)
+        kill(getpid(), SIGKILL);
+}
+
+void cutting_run_killed(const struct cut_options *o, const struct cut_events *events)
+{
+    fflush(NULL);
+    const pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        cutting_run(o, events);
+        _exit(0);
+    }
+    int status;
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_true(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
 }

@@ -12,6 +12,13 @@ struct cut_options cutting_options(const char *model, const char *out);
 int cutting_run(const struct cut_options *options, const struct cut_events *events);
 extern const struct cut_events cutting_silent;
 
+/* Runs in a child process that is killed on its way, by the events below. */
+void cutting_run_killed(const struct cut_options *options, const struct cut_events *events);
+
+/* on_linear: at the *(int *)ctx-th linear; on_stage: when the result is read back. */
+void cutting_kill_here(void *ctx, const struct cut_linear *linear);
+void cutting_kill_at_check(void *ctx, enum cut_stage stage, uint64_t total);
+
 /* The model's folder under the test's; written at the first call with that name. */
 const char *cutting_model(const char *name, const struct tiny_gemma *g);
 

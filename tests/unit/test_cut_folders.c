@@ -127,45 +127,15 @@ static void test_locked_partial(void **state)
     assert_false(file_exists(cutting_partial(o.out)));
 }
 
-static void kill_here(void *ctx, const struct cut_linear *linear)
-{
-    (void)linear;
-    if (--*(int *)ctx == 0)
-        kill(getpid(), SIGKILL);
-}
-
-static void kill_at_check(void *ctx, enum cut_stage stage, uint64_t total_bytes)
-{
-    (void)ctx;
-    (void)total_bytes;
-    if (stage == CUT_CHECK)
-        kill(getpid(), SIGKILL);
-}
-
-/* Runs in a child process that is killed on its way. */
-static void run_killed(const struct cut_options *o, const struct cut_events *events)
-{
-    fflush(NULL);
-    const pid_t child = fork();
-    assert_true(child >= 0);
-    if (child == 0) {
-        cutting_run(o, events);
-        _exit(0);
-    }
-    int status;
-    assert_int_equal(waitpid(child, &status, 0), child);
-    assert_true(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
-}
-
 static void test_killed(void **state)
 {
     (void)state;
     const struct cut_options o = cutting_options(plain(), support_path("killed"));
     int left = 4;
-    run_killed(&o, &(struct cut_events){.on_linear = kill_here, .ctx = &left});
+    cutting_run_killed(&o, &(struct cut_events){.on_linear = cutting_kill_here, .ctx = &left});
     assert_false(file_exists(o.out));
     assert_true(file_exists(support_path("killed.partial/.gemcut-partial")));
-    run_killed(&o, &(struct cut_events){.on_stage = kill_at_check});
+    cutting_run_killed(&o, &(struct cut_events){.on_stage = cutting_kill_at_check});
     assert_false(file_exists(o.out));
     assert_true(file_exists(support_path("killed.partial/gemcut.json")));
     assert_ok(cutting_run(&o, &cutting_silent));
@@ -181,7 +151,7 @@ static void test_killed_overwriting(void **state)
     assert_ok(cutting_run(&o, &cutting_silent));
     o.overwrite = true;
     o.recipe.scheme.group = 32;
-    run_killed(&o, &(struct cut_events){.on_stage = kill_at_check});
+    cutting_run_killed(&o, &(struct cut_events){.on_stage = cutting_kill_at_check});
     cutting_check_same(o.out, reference());
     o.recipe.scheme.group = 128;
     assert_ok(cutting_run(&o, &cutting_silent));

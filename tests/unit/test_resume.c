@@ -5,7 +5,6 @@
 #include "tests/unit/cutting.h"
 #include "tests/unit/support.h"
 
-#include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -57,39 +56,10 @@ static const char *reference(void)
 
 /* --- dying ------------------------------------------------------------------------------------------------------ */
 
-static void kill_here(void *ctx, const struct cut_linear *linear)
-{
-    (void)linear;
-    if (--*(int *)ctx == 0)
-        kill(getpid(), SIGKILL);
-}
-
-static void kill_at_check(void *ctx, enum cut_stage stage, uint64_t total)
-{
-    (void)ctx;
-    (void)total;
-    if (stage == CUT_CHECK)
-        kill(getpid(), SIGKILL);
-}
-
-static void run_killed(const struct cut_options *o, const struct cut_events *events)
-{
-    fflush(NULL);
-    const pid_t child = fork();
-    assert_true(child >= 0);
-    if (child == 0) {
-        cutting_run(o, events);
-        _exit(0);
-    }
-    int status;
-    assert_int_equal(waitpid(child, &status, 0), child);
-    assert_true(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
-}
-
 /* Killed as the n-th linear is told of, when it is not in the journal yet. */
 static void kill_after(struct cut_options o, int n)
 {
-    run_killed(&o, &(struct cut_events){.on_linear = kill_here, .ctx = &n});
+    cutting_run_killed(&o, &(struct cut_events){.on_linear = cutting_kill_here, .ctx = &n});
     assert_false(file_exists(o.out));
 }
 
@@ -125,7 +95,7 @@ static void test_killed_again(void **state)
     kill_after(o, 4);
     o.resume = true;
     kill_after(o, 9);
-    run_killed(&o, &(struct cut_events){.on_stage = kill_at_check});
+    cutting_run_killed(&o, &(struct cut_events){.on_stage = cutting_kill_at_check});
     assert_int_equal(resume(o), N_LINEARS);
 }
 
