@@ -287,3 +287,26 @@ int64_t quant_zero_rows(struct quant_scheme s, int64_t rows)
 {
     return quant_packed_cols(s, rows);
 }
+
+void quant_pack_zeros(struct quant_scheme s, const int8_t *zeros, int64_t rows, int64_t groups,
+                      uint32_t *words)
+{
+    const int64_t per_word = 32 / s.bits;
+    const uint32_t offset = 1u << (s.bits - 1), mask = (1u << s.bits) - 1;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t g = 0; g < groups; g++)
+            words[r / per_word * groups + g] |= (((uint32_t)zeros[r * groups + g] + offset) & mask)
+                                                << r % per_word * s.bits;
+}
+
+void quant_unpack_zeros(struct quant_scheme s, const uint32_t *words, int64_t rows, int64_t groups,
+                        int8_t *zeros)
+{
+    const int64_t per_word = 32 / s.bits;
+    const uint32_t mask = (1u << s.bits) - 1;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t g = 0; g < groups; g++) {
+            const uint32_t code = words[r / per_word * groups + g] >> r % per_word * s.bits & mask;
+            zeros[r * groups + g] = (int8_t)((int32_t)code - (1 << (s.bits - 1)));
+        }
+}

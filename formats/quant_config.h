@@ -60,4 +60,11 @@ int64_t quant_packed_cols(struct quant_scheme s, int64_t cols); /* 32-bit words 
 int64_t quant_groups(struct quant_scheme s, int64_t cols);      /* scales in a row */
 int64_t quant_zero_rows(struct quant_scheme s, int64_t rows);   /* rows of the packed zero points */
 
+/* Zero points [rows, groups] in the codes' range, and as they are stored: packed along the rows, 32/bits of them in a
+ * word, as q + 2^(bits−1); words [quant_zero_rows, groups], zeroed before they are packed into. */
+void quant_pack_zeros(struct quant_scheme s, const int8_t *zeros, int64_t rows, int64_t groups,
+                      uint32_t *words);
+void quant_unpack_zeros(struct quant_scheme s, const uint32_t *words, int64_t rows, int64_t groups,
+                        int8_t *zeros);
+
 #endif

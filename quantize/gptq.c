@@ -13,7 +13,7 @@ enum {
     NORMAL_BYTES = 256 << 20, /* … and more of them while their normal equations fit */
 };
 
-/* Numbers that a weight's run leaves on the device. */
+/* Numbers that a weight's run leaves on the device, for each of its parts. */
 enum sum {
     SUM_OUTPUT,        /* wHwᵀ over all rows, … */
     SUM_WEIGHT,        /* … and ww */
@@ -22,6 +22,12 @@ enum sum {
     SUM_ERROR,         /* the same at last */
     SUM_ERROR_PLAIN,
     N_SUMS
+};
+
+struct numbers {
+    double sums[GPTQ_MAX_PARTS][N_SUMS];
+    int64_t clipped[GPTQ_MAX_PARTS]; /* weights beyond their codes */
+    int64_t n_refitted;              /* rows; nobody reads it */
 };
 
 static const double largest_damping = 1, damping_growth = 4;
@@ -42,8 +48,8 @@ struct gptq {
     struct gptq_options o;
     struct work_clock *clock;
     struct buf memory;
-    struct staged_buf order; /* I32 [cols] */
-    struct staged_buf sums; /* doubles [parts, N_SUMS]; an integer that nobody reads, and one for each part */
+    struct staged_buf order;   /* I32 [cols] */
+    struct staged_buf numbers; /* struct numbers */
     const struct gptq_parts *parts;
     float *diagonal; /* [cols], host */
     const struct mat *h;
@@ -58,8 +64,6 @@ static int64_t least(int64_t a, int64_t b)
 {
     return a < b ? a : b;
 }
-
-enum { SUMS_BYTES = GPTQ_MAX_PARTS * N_SUMS * sizeof(double) + (1 + GPTQ_MAX_PARTS) * sizeof(int64_t) };
 
 /* The factor lies in front, where every weight of a set finds it. */
 static uint64_t lay_out(void *base, const struct gptq_size *s, struct space *out)
@@ -105,7 +109,7 @@ static int64_t most_cols(const struct gptq_size *sizes, size_t n)
 
 uint64_t gptq_bytes(const struct gptq_size *sizes, size_t n)
 {
-    return space_bytes(sizes, n) + (uint64_t)most_cols(sizes, n) * sizeof(int32_t) + SUMS_BYTES;
+    return space_bytes(sizes, n) + (uint64_t)most_cols(sizes, n) * sizeof(int32_t) + sizeof(struct numbers);
 }
 
 int gptq_open(struct gptq **out, const struct backend *b, const struct gptq_options *options,
@@ -123,7 +127,7 @@ int gptq_open(struct gptq **out, const struct backend *b, const struct gptq_opti
         rc = b->core->acquire(b, space_bytes(sizes, n), "codes on their way", &g->memory);
     const struct staged_need needs[] = {
         {&g->order, (size_t)cols * sizeof(int32_t), "an order of columns"},
-        {&g->sums, SUMS_BYTES, "errors"},
+        {&g->numbers, sizeof(struct numbers), "errors"},
     };
     if (!rc)
         rc = backend_acquire_staged(b, needs, sizeof needs / sizeof *needs);
@@ -138,7 +142,7 @@ void gptq_close(struct gptq *g)
 {
     if (!g)
         return;
-    struct staged_buf *const pieces[] = {&g->order, &g->sums};
+    struct staged_buf *const pieces[] = {&g->order, &g->numbers};
     backend_release_staged(g->b, pieces, sizeof pieces / sizeof *pieces);
     if (g->memory.ptr)
         g->b->core->release(g->b, &g->memory);
@@ -296,8 +300,9 @@ static int refit_rows(const struct gptq *g, const struct mat *codes, const struc
         if (!rc)
             rc = b->quant->group_dots(b, &product, &behind, q->group, &a);
     }
-    int64_t *n_kept = (int64_t *)((double *)g->sums.device + GPTQ_MAX_PARTS * N_SUMS);
-    return rc ? rc : b->quant->solve_scales(b, &normal, &rhs, g->o.search.positive_only, q, n_kept);
+    struct numbers *numbers = g->numbers.device;
+    return rc ? rc
+              : b->quant->solve_scales(b, &normal, &rhs, g->o.search.positive_only, q, &numbers->n_refitted);
 }
 
 static int refit(const struct gptq *g, const struct rounding *r, const struct space *s)
@@ -315,11 +320,11 @@ static int refit(const struct gptq *g, const struct rounding *r, const struct sp
 /* sums[part][sum] = Σ x⊙y over the rows of each part */
 static int dots(const struct gptq *g, const struct mat *x, const struct mat *y, enum sum sum)
 {
-    double *sums = g->sums.device;
+    struct numbers *numbers = g->numbers.device;
     int rc = 0;
     for (int64_t i = 0, row = 0; !rc && i < g->parts->n; row += g->parts->rows[i++]) {
         const struct mat u = mat_rows(x, row, g->parts->rows[i]), v = mat_rows(y, row, g->parts->rows[i]);
-        rc = g->b->core->dot(g->b, &u, &v, &sums[i * N_SUMS + sum]);
+        rc = g->b->core->dot(g->b, &u, &v, &numbers->sums[i][sum]);
     }
     return rc;
 }
@@ -343,13 +348,13 @@ static int measure(const struct gptq *g, const struct rounding *r, const struct 
 /* Of every part: weights beyond their codes. */
 static int count_clipped(const struct gptq *g, const struct rounding *r)
 {
-    int64_t *counts = (int64_t *)((double *)g->sums.device + GPTQ_MAX_PARTS * N_SUMS) + 1;
+    struct numbers *numbers = g->numbers.device;
     int rc = 0;
     for (int64_t i = 0, row = 0; !rc && i < g->parts->n; row += g->parts->rows[i++]) {
         const int64_t n = g->parts->rows[i];
         const struct mat w = mat_rows(r->w, row, n), codes = mat_rows(r->codes, row, n);
         const struct qmat q = qmat_rows(r->q, row, n);
-        rc = g->b->quant->count_clipped(g->b, &(struct rounding){&w, &q, &codes}, &counts[i]);
+        rc = g->b->quant->count_clipped(g->b, &(struct rounding){&w, &q, &codes}, &numbers->clipped[i]);
     }
     return rc;
 }
@@ -442,8 +447,8 @@ static int measure_nearest(const struct gptq *g, const struct rounding *r, const
 /* The damping's part in the squared output errors is taken out again: it stands for inputs that were not there. */
 static struct gptq_stats make_stats(const struct gptq *g, int part, double n_weights)
 {
-    const double *sums = (const double *)g->sums.host + part * N_SUMS;
-    const int64_t *clipped = (const int64_t *)((const double *)g->sums.host + GPTQ_MAX_PARTS * N_SUMS) + 1;
+    const struct numbers *numbers = g->numbers.host;
+    const double *sums = numbers->sums[part];
     const double whole = sums[SUM_OUTPUT] - g->ridge * sums[SUM_WEIGHT];
     const double output =
         whole > 1e-5 * sums[SUM_OUTPUT] ? whole : 0; /* less is what rounding leaves of no inputs */
@@ -454,7 +459,7 @@ static struct gptq_stats make_stats(const struct gptq *g, int part, double n_wei
                                .weight_error =
                                    sums[SUM_WEIGHT] > 0 ? sums[SUM_ERROR_PLAIN] / sums[SUM_WEIGHT] : 0,
                                .damping = g->damping,
-                               .clipped = (double)clipped[part] / n_weights,
+                               .clipped = (double)numbers->clipped[part] / n_weights,
                                .n_dead = g->n_dead};
 }
 
@@ -487,7 +492,7 @@ int gptq_quantize(struct gptq *g, const struct mat *w, const struct qmat *q, con
     if (!rc)
         rc = b->quant->pack_codes(b, &s.codes, q);
     if (!rc)
-        rc = b->core->stage_out(b, &g->sums, 0, g->sums.bytes);
+        rc = b->core->stage_out(b, &g->numbers, 0, sizeof(struct numbers));
     for (int i = 0; !rc && i < parts->n; i++)
         stats[i] = make_stats(g, i, (double)(parts->rows[i] * w->cols));
     return rc;

@@ -61,7 +61,7 @@ static int get_whole(const struct pipeline *p, size_t id, void *data, enum dtype
 
 /* --- zero points ------------------------------------------------------------------------------------------------ */
 
-/* On disk they are packed along the rows, 32/bits of them in a word, as q + 2^(bits−1). */
+/* As they are stored. */
 struct packed_zeros {
     uint32_t *words;
     int64_t shape[2];
@@ -76,36 +76,13 @@ static int alloc_zeros(const struct item *it, struct packed_zeros *z)
     return z->words ? 0 : ERR_MEMORY;
 }
 
-static void pack_zeros(const struct item *it, const int8_t *zeros, const struct packed_zeros *z)
-{
-    const int bits = it->linear->scheme.bits;
-    const int64_t per_word = 32 / bits, groups = z->shape[1];
-    const uint32_t offset = 1u << (bits - 1), mask = (1u << bits) - 1;
-    for (int64_t r = 0; r < it->source->shape[0]; r++)
-        for (int64_t g = 0; g < groups; g++)
-            z->words[r / per_word * groups + g] |= (((uint32_t)zeros[r * groups + g] + offset) & mask)
-                                                   << r % per_word * bits;
-}
-
-static void unpack_zeros(const struct item *it, const struct packed_zeros *z, int8_t *zeros)
-{
-    const int bits = it->linear->scheme.bits;
-    const int64_t per_word = 32 / bits, groups = z->shape[1];
-    const uint32_t mask = (1u << bits) - 1;
-    for (int64_t r = 0; r < it->source->shape[0]; r++)
-        for (int64_t g = 0; g < groups; g++) {
-            const uint32_t code = z->words[r / per_word * groups + g] >> r % per_word * bits & mask;
-            zeros[r * groups + g] = (int8_t)((int32_t)code - (1 << (bits - 1)));
-        }
-}
-
 static int put_zeros(struct pipeline *p, const struct item *it, const int8_t *zeros, struct hash128 *hash)
 {
     struct packed_zeros z;
     int rc = alloc_zeros(it, &z);
     if (rc < 0)
         return rc;
-    pack_zeros(it, zeros, &z);
+    quant_pack_zeros(it->linear->scheme, zeros, it->source->shape[0], z.shape[1], z.words);
     rc = put_whole(p, it->zero_id, z.words, DTYPE_I32, 2, z.shape, hash);
     free(z.words);
     return rc;
@@ -120,7 +97,7 @@ static int get_zeros(const struct pipeline *p, const struct item *it, int8_t *ze
         return rc;
     rc = get_whole(p, it->zero_id, z.words, DTYPE_I32, 2, z.shape, expected);
     if (rc > 0)
-        unpack_zeros(it, &z, zeros);
+        quant_unpack_zeros(it->linear->scheme, z.words, it->source->shape[0], z.shape[1], zeros);
     free(z.words);
     return rc;
 }

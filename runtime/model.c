@@ -222,19 +222,13 @@ int model_read_packed(const struct model *m, const struct model_linear *l, int64
                            (size_t)((uint64_t)n * row_bytes), packed);
 }
 
-/* Zero points are packed along the rows, as q + 2^(bits−1). */
 static int read_zeros(const struct model *m, const struct model_linear *l, int8_t *zeros)
 {
-    const int64_t rows = l->spec->shape[0], groups = l->zeros->shape[1], per_word = 32 / l->scheme.bits;
     uint32_t *words = mem_alloc_aligned((size_t)l->zeros->bytes, "zero points");
-    int rc =
+    const int rc =
         words ? checkpoint_read(&m->checkpoint, l->zeros, 0, (size_t)l->zeros->bytes, words) : ERR_MEMORY;
-    const uint32_t mask = (1u << l->scheme.bits) - 1;
-    for (int64_t r = 0; !rc && r < rows; r++)
-        for (int64_t g = 0; g < groups; g++) {
-            const uint32_t code = words[r / per_word * groups + g] >> r % per_word * l->scheme.bits & mask;
-            zeros[r * groups + g] = (int8_t)((int32_t)code - (1 << (l->scheme.bits - 1)));
-        }
+    if (!rc)
+        quant_unpack_zeros(l->scheme, words, l->spec->shape[0], l->zeros->shape[1], zeros);
     free(words);
     return rc;
 }
