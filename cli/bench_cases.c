@@ -298,7 +298,7 @@ static int run_attention(const struct backend *b, const struct bench_case *c, co
 {
     const struct attention_spec spec = {c->heads, c->sequences, 1 / sqrtf((float)c->heads.head_dim),
                                         c->window};
-    return b->core->attention(b, &spec, &m[0], &m[1], &m[2], &m[3]);
+    return b->core->attention(b, &spec, &m[0], &m[1], &m[2], &m[3], NULL);
 }
 
 static void add_positions(struct builder *k)

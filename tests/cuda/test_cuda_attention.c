@@ -15,7 +15,7 @@ struct attention_args {
 static int run_attention(const struct backend *b, enum side s, const void *args)
 {
     const struct attention_args *a = args;
-    return b->core->attention(b, &a->spec, &a->q.m[s], &a->keys.m[s], &a->values.m[s], &a->out.m[s]);
+    return b->core->attention(b, &a->spec, &a->q.m[s], &a->keys.m[s], &a->values.m[s], &a->out.m[s], NULL);
 }
 
 /* Random rows up to the last position; what is still to come holds NaNs, which must not be read. */
