@@ -34,6 +34,7 @@ static struct cut_options options(const char *out)
 {
     struct cut_options o = cutting_options(cutting_model("small", &small), out);
     o.recipe.method = "gptq";
+    o.recipe.sweep = true;
     o.recipe.scheme = (struct quant_scheme){4, false, 32}; /* with zero points: they are packed */
     o.recipe.scales.rule = SCALE_BLOCK;
     o.recipe.calibrated = true;
