@@ -49,6 +49,7 @@ static struct tune_options choose_tuning(const struct recipe_args *a)
                                  .range_lr = t->range_lr > 0 ? t->range_lr : (cold ? 1.0 : 0.1) / (double)n,
                                  .init = cold ? TUNE_FROM_NONE : TUNE_FROM_CODES,
                                  .keep = t->compat ? TUNE_KEEP_BEST : TUNE_KEEP_LAST,
+                                 .ends_clip = t->compat,
                                  .seed = a->calib.seed};
 }
 

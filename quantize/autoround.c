@@ -307,6 +307,7 @@ static void view_piece(const struct tuner *t, const struct tuned_set *s, int pie
                                 .high = &u->high,
                                 .lowest = bounds[0],
                                 .highest = bounds[1],
+                                .ends_clip = t->o.ends_clip,
                                 .q = &u->q,
                                 .restored = &u->restored,
                                 .codes = &u->codes,

@@ -2,6 +2,7 @@
 #ifndef GEMCUT_QUANTIZE_TUNING_H
 #define GEMCUT_QUANTIZE_TUNING_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 /* Where a block's rounding begins. */
@@ -23,6 +24,8 @@ struct tune_options {
     double range_lr;    /* of the factors */
     enum tune_init init;
     enum tune_keep keep;
+    bool
+        ends_clip; /* weights at the lowest and the highest code get no gradient, as auto-round on PyTorch ≥ 2.14 */
     uint64_t seed;
 };
 
