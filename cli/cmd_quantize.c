@@ -468,12 +468,15 @@ static struct summary summarize(const struct cut *cut)
             s.worst_name = l[i].plan->tensor->name;
         }
     }
-    const int n_layers = (int)cut_source(cut)->gemma.n_layers;
-    for (int layer = 0; layer < n_layers; layer++) {
+    int n_blocks = 0;
+    for (int layer = 0; layer < (int)cut_source(cut)->gemma.n_layers; layer++) {
         const struct cut_linear *block = cut_block(cut, layer);
-        s.first += block ? block->tuned.first / n_layers : 0;
-        s.last += block ? block->tuned.last / n_layers : 0;
+        n_blocks += block != NULL;
+        s.first += block ? block->tuned.first : 0;
+        s.last += block ? block->tuned.last : 0;
     }
+    s.first /= n_blocks;
+    s.last /= n_blocks;
     return s;
 }
 

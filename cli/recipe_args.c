@@ -37,7 +37,14 @@ static int refuse_foreign(const struct recipe_args *a)
     return 0;
 }
 
-/* Rates that measured best on Gemma 3 270M (docs/benchmarks.md); from none, those of auto-round. */
+/* Rates that measured best on Gemma 3 270M (docs/benchmarks.md): in all a weight can move by a quarter of a step; not
+ * faster for few iterations. From none, those of auto-round. */
+static double rate(double given, double share, int64_t iterations, bool cold)
+{
+    const int64_t at_least = cold ? 1 : 50;
+    return given > 0 ? given : share / (double)(iterations > at_least ? iterations : at_least);
+}
+
 static struct tune_options choose_tuning(const struct recipe_args *a)
 {
     const struct tune_args *t = &a->tune;

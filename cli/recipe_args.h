@@ -39,14 +39,14 @@ extern const char *const tune_inits[]; /* NULL-terminated */
          .value = "X",                                                                                       \
          .low = 1e-7,                                                                                        \
          .high = 10,                                                                                         \
-         .initial_note = "0.5/iters from codes, 1/iters from none",                                          \
+         .initial_note = "0.5/iters from codes, 0.01 at most; 1/iters from none",                            \
          .help = "of the roundings, in steps of the codes; falls to 0"},                                     \
         {.name = "scale-lr",                                                                                 \
          OPT_TO_DOUBLE(s, member.range_lr),                                                                  \
          .value = "X",                                                                                       \
          .low = 1e-7,                                                                                        \
          .high = 10,                                                                                         \
-         .initial_note = "0.1/iters from codes, 1/iters from none",                                          \
+         .initial_note = "0.1/iters from codes, 0.002 at most; 1/iters from none",                           \
          .help = "of the factors of the scales"},                                                            \
         {.name = "init",                                                                                     \
          OPT_TO_CHOICE(s, member.init),                                                                      \

@@ -517,10 +517,24 @@ static int deliver(void *ctx, const struct calibrated_linear *l)
     return rc ? rc : journal_add(c->journal, l->plan->tensor->name, &entry);
 }
 
+/* Linears that are tuned together count together. */
+static bool block_is_noted(const struct cut *c, int layer)
+{
+    bool noted = true;
+    for (size_t i = 0; i < c->plan.n; i++) {
+        const struct linear_plan *l = &c->plan.linears[i];
+        if (l->quantized && l->tensor->layer == layer)
+            noted = noted && journal_find(c->journal, l->tensor->name);
+    }
+    return noted;
+}
+
 static int recall(void *ctx, const struct linear_plan *plan, const struct qmat *q)
 {
     struct cut *c = ctx;
     const struct journal_entry *entry = journal_find(c->journal, plan->tensor->name);
+    if (c->options.recipe.tune.iterations && !block_is_noted(c, plan->tensor->layer))
+        return 0;
     int rc = entry ? copying_wait(c) : 0;
     if (!rc && entry)
         rc = pipeline_recall(c->pipeline, plan, q, entry);
