@@ -21,6 +21,7 @@ struct tune_job {
     struct tune_rates rates;
     float lowest, highest;
     int bits;
+    bool ends_clip;
 };
 
 /* --- a group ------------------------------------------------------------------------------------------------------ */
@@ -144,7 +145,8 @@ static __device__ __forceinline__ void step_piece(const struct tune_job &j, cons
 #pragma unroll
     for (int i = 0; i < V; i++) {
         const float u = w[i] / s.scale, nearest = rintf(u + v[i]), code = clamped(nearest, least, most);
-        const bool inside = nearest >= least && nearest <= most;
+        const bool inside =
+            j.ends_clip ? nearest > least && nearest < most : nearest >= least && nearest <= most;
         codes.e[i] = (int8_t)code;
         by.scale += gradient[i] * (inside ? code - u : code);
         if (inside)
@@ -390,6 +392,7 @@ static struct tune_job make_job(const struct tuning *t, const struct mat *gradie
     j.lowest = t->lowest;
     j.highest = t->highest;
     j.bits = t->q->bits;
+    j.ends_clip = t->ends_clip;
     return j;
 }
 
