@@ -52,8 +52,8 @@ static struct tune_options choose_tuning(const struct recipe_args *a)
     const int64_t n = t->iterations >= 0 ? t->iterations : a->iterations;
     return (struct tune_options){.iterations = n,
                                  .batch = t->batch > 0 ? t->batch : SAMPLES_OF_A_STEP,
-                                 .lr = t->lr > 0 ? t->lr : (cold ? 1.0 : 0.5) / (double)n,
-                                 .range_lr = t->range_lr > 0 ? t->range_lr : (cold ? 1.0 : 0.1) / (double)n,
+                                 .lr = rate(t->lr, cold ? 1 : 0.5, n, cold),
+                                 .range_lr = rate(t->range_lr, cold ? 1 : 0.1, n, cold),
                                  .init = cold ? TUNE_FROM_NONE : TUNE_FROM_CODES,
                                  .keep = t->compat ? TUNE_KEEP_BEST : TUNE_KEEP_LAST,
                                  .ends_clip = t->compat,

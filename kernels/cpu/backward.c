@@ -285,7 +285,8 @@ CPU_INLINE void geglu_vector(const float *gate, const float *up, const float *dy
     const float sqrt_2_pi = 0.7978845608f;
     const vfloat z = vload(gate), g = vload(dy);
     const vfloat t = vtanh(sqrt_2_pi * (z + 0.044715f * z * z * z));
-    const vfloat slope = sqrt_2_pi * (1.0f + 3 * 0.044715f * z * z);
+    /* u' finite where z² is not, for 1 − t² is 0 there */
+    const vfloat slope = sqrt_2_pi * (1.0f + 3 * 0.044715f * vmin(vset(1e30f), z * z));
     const vfloat dgelu = 0.5f * (1.0f + t) + 0.5f * z * (1.0f - t * t) * slope;
     const vfloat du = g * (0.5f * z * (1.0f + t)), dz = g * vload(up) * dgelu;
     vstore(dgate, dz);

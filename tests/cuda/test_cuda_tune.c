@@ -157,6 +157,7 @@ static void run(const struct subject *s, const struct call *c, enum side on)
                              .high = &s->high.m[on],
                              .lowest = 0.9f,
                              .highest = 1.02f,
+                             .distance = 0.45f,
                              .ends_clip = s->ends_clip,
                              .q = &q,
                              .restored = &s->restored.m[on],
