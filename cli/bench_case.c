@@ -58,6 +58,8 @@ static int fill(const struct backend *b, struct parallel *pool, const struct ope
         fill_ids(o, seed, m->data);
         return 0;
     }
+    if (o->fill == FILL_ZERO)
+        return b->core->zero(b, m);
     if (o->host)
         where = &host;
     if (o->fill == FILL_BITS || (m->dtype != DTYPE_BF16 && m->dtype != DTYPE_F32))

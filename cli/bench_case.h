@@ -11,6 +11,7 @@ enum operand_fill {
     FILL_NORMAL,  /* F32 and BF16, with mean and sigma */
     FILL_PLANTED, /* the same with an infinity in it, when operations are compared */
     FILL_BITS,
+    FILL_ZERO,
     FILL_IDS, /* I32 in [0, limit) */
 };
 
@@ -26,7 +27,7 @@ struct operand {
     int64_t compared; /* columns that count in a comparison; 0 = all */
 };
 
-enum { CASE_OPERANDS = 9, CASE_TEXT = 64, MAX_CASES = 48 };
+enum { CASE_OPERANDS = 9, CASE_TEXT = 64, MAX_CASES = 64 };
 
 struct bench_case {
     const char *op; /* as backend.h calls it */

@@ -1,5 +1,5 @@
 /* Which operations are measured, at which sizes: those of one layer of the model. */
-#include "cli/bench_case.h"
+#include "cli/bench_builder.h"
 
 #include "base/err.h"
 #include "runtime/gemma.h"
@@ -9,22 +9,7 @@
 #include <stdio.h>
 #include <string.h>
 
-/* The list under construction. */
-struct builder {
-    struct bench_case *list;
-    int n;
-    const struct gemma_config *c;
-    const struct backend *b;
-    int64_t tokens, length, vocab; /* length: tokens of one sequence */
-    bool small;
-};
-
-typedef int (*case_run)(const struct backend *b, const struct bench_case *c, const struct mat *m);
-
-static struct bench_case *add(struct builder *k, const char *op, case_run run, const char *fmt, ...)
-    __attribute__((format(printf, 4, 5)));
-
-static struct bench_case *add(struct builder *k, const char *op, case_run run, const char *fmt, ...)
+struct bench_case *bench_add(struct bench_builder *k, const char *op, bench_run run, const char *fmt, ...)
 {
     CHECK(k->n < MAX_CASES);
     struct bench_case *c = &k->list[k->n++];
@@ -41,8 +26,8 @@ static struct bench_case *add(struct builder *k, const char *op, case_run run, c
     return c;
 }
 
-static struct operand *operand(struct bench_case *c, enum operand_use use, enum dtype dtype, int64_t rows,
-                               int64_t cols)
+struct operand *bench_operand(struct bench_case *c, enum operand_use use, enum dtype dtype, int64_t rows,
+                              int64_t cols)
 {
     CHECK(c->n_operands < CASE_OPERANDS);
     struct operand *o = &c->operands[c->n_operands++];
@@ -50,20 +35,19 @@ static struct operand *operand(struct bench_case *c, enum operand_use use, enum 
     return o;
 }
 
-static void activations(struct bench_case *c, enum operand_use use, int64_t rows, int64_t cols)
+void bench_activations(struct bench_case *c, enum operand_use use, int64_t rows, int64_t cols)
 {
-    operand(c, use, DTYPE_F32, rows, cols)->activation = true;
+    bench_operand(c, use, DTYPE_F32, rows, cols)->activation = true;
 }
 
-static struct operand *weight(struct bench_case *c, int64_t rows, int64_t cols)
+struct operand *bench_weight(struct bench_case *c, int64_t rows, int64_t cols)
 {
-    struct operand *o = operand(c, OPERAND_IN, DTYPE_BF16, rows, cols);
+    struct operand *o = bench_operand(c, OPERAND_IN, DTYPE_BF16, rows, cols);
     o->sigma = 0.02;
     return o;
 }
 
-/* Bytes of the operands as this device holds them, written ones that are read too twice. */
-static double all_bytes(const struct builder *k, const struct bench_case *c)
+double bench_bytes(const struct bench_builder *k, const struct bench_case *c)
 {
     double bytes = 0;
     for (int i = 0; i < c->n_operands; i++) {
@@ -94,30 +78,32 @@ static int run_squared_error(const struct backend *b, const struct bench_case *c
                     : b->core->squared_error(b, &m[0], &m[1], m[2].data);
 }
 
-static void add_weight_checks(struct builder *k)
+static void add_weight_checks(struct bench_builder *k)
 {
     const int64_t cols = k->c->hidden_size, rows = k->small ? 64 : k->c->intermediate_size, group = 128;
     struct bench_case *c =
-        add(k, "find_nonfinite", run_find_nonfinite, "[%lld, %lld]", (long long)rows, (long long)cols);
-    weight(c, rows, cols)->fill = FILL_PLANTED;
-    operand(c, OPERAND_OUT, DTYPE_I64, 1, 1);
+        bench_add(k, "find_nonfinite", run_find_nonfinite, "[%lld, %lld]", (long long)rows, (long long)cols);
+    bench_weight(c, rows, cols)->fill = FILL_PLANTED;
+    bench_operand(c, OPERAND_OUT, DTYPE_I64, 1, 1);
     c->exact = c->alone = true;
-    c->bytes = all_bytes(k, c);
-    c = add(k, "zero_nonfinite", run_zero_nonfinite, "[%lld, %lld], none", (long long)rows, (long long)cols);
-    weight(c, rows, cols)->fill = FILL_PLANTED;
-    operand(c, OPERAND_OUT, DTYPE_I64, 1, 1);
+    c->bytes = bench_bytes(k, c);
+    c = bench_add(k, "zero_nonfinite", run_zero_nonfinite, "[%lld, %lld], none", (long long)rows,
+                  (long long)cols);
+    bench_weight(c, rows, cols)->fill = FILL_PLANTED;
+    bench_operand(c, OPERAND_OUT, DTYPE_I64, 1, 1);
     c->exact = c->alone = true;
-    c->bytes = all_bytes(k, c);
+    c->bytes = bench_bytes(k, c);
     c->operands[0].use = OPERAND_INOUT; /* but nothing is written where nothing is found */
     for (int grouped = 0; grouped < 2; grouped++) {
-        c = add(k, grouped ? "group_squared_error" : "squared_error", run_squared_error, "[%lld, %lld]%s",
-                (long long)rows, (long long)cols, grouped ? ", groups of 128" : "");
-        weight(c, rows, cols);
-        weight(c, rows, cols);
-        operand(c, OPERAND_OUT, DTYPE_F64, grouped ? rows : 1, grouped ? (cols + group - 1) / group * 2 : 2);
+        c = bench_add(k, grouped ? "group_squared_error" : "squared_error", run_squared_error,
+                      "[%lld, %lld]%s", (long long)rows, (long long)cols, grouped ? ", groups of 128" : "");
+        bench_weight(c, rows, cols);
+        bench_weight(c, rows, cols);
+        bench_operand(c, OPERAND_OUT, DTYPE_F64, grouped ? rows : 1,
+                      grouped ? (cols + group - 1) / group * 2 : 2);
         c->group = grouped ? group : 0;
         c->alone = true;
-        c->bytes = all_bytes(k, c);
+        c->bytes = bench_bytes(k, c);
     }
 }
 
@@ -156,56 +142,58 @@ static int run_compare_rows(const struct backend *b, const struct bench_case *c,
     return b->core->compare_rows(b, &m[0], &m[1], m[2].data, m[3].data);
 }
 
-static void add_rows(struct builder *k)
+static void add_rows(struct bench_builder *k)
 {
     const int64_t n = k->tokens, h = k->c->hidden_size, ffn = k->c->intermediate_size;
-    struct bench_case *c =
-        add(k, "embed", run_embed, "%lld of [%lld, %lld]", (long long)n, (long long)k->vocab, (long long)h);
-    weight(c, k->vocab, h);
-    struct operand *ids = operand(c, OPERAND_IN, DTYPE_I32, 1, n);
+    struct bench_case *c = bench_add(k, "embed", run_embed, "%lld of [%lld, %lld]", (long long)n,
+                                     (long long)k->vocab, (long long)h);
+    bench_weight(c, k->vocab, h);
+    struct operand *ids = bench_operand(c, OPERAND_IN, DTYPE_I32, 1, n);
     ids->host = true;
     ids->fill = FILL_IDS;
     ids->limit = k->vocab;
-    operand(c, OPERAND_OUT, DTYPE_F32, n, h);
+    bench_operand(c, OPERAND_OUT, DTYPE_F32, n, h);
     c->cols = h;
     c->bytes = (double)(n * h) * (2 + 4);
-    c = add(k, "rms_norm", run_rms_norm, "[%lld, %lld]", (long long)n, (long long)h);
-    operand(c, OPERAND_IN, DTYPE_F32, n, h);
-    weight(c, 1, h);
-    activations(c, OPERAND_OUT, n, h);
-    c->bytes = all_bytes(k, c);
-    c = add(k, "add_norm", run_add_norm, "[%lld, %lld]", (long long)n, (long long)h);
-    activations(c, OPERAND_IN, n, h);
-    weight(c, 1, h);
-    operand(c, OPERAND_INOUT, DTYPE_F32, n, h);
-    weight(c, 1, h);
-    activations(c, OPERAND_OUT, n, h);
-    c->bytes = all_bytes(k, c);
-    c = add(k, "geglu", run_geglu, "[%lld, 2·%lld]", (long long)n, (long long)ffn);
-    activations(c, OPERAND_IN, n, 2 * ffn);
-    activations(c, OPERAND_OUT, n, ffn);
+    c = bench_add(k, "rms_norm", run_rms_norm, "[%lld, %lld]", (long long)n, (long long)h);
+    bench_operand(c, OPERAND_IN, DTYPE_F32, n, h);
+    bench_weight(c, 1, h);
+    bench_activations(c, OPERAND_OUT, n, h);
+    c->bytes = bench_bytes(k, c);
+    c = bench_add(k, "add_norm", run_add_norm, "[%lld, %lld]", (long long)n, (long long)h);
+    bench_activations(c, OPERAND_IN, n, h);
+    bench_weight(c, 1, h);
+    bench_operand(c, OPERAND_INOUT, DTYPE_F32, n, h);
+    bench_weight(c, 1, h);
+    bench_activations(c, OPERAND_OUT, n, h);
+    c->bytes = bench_bytes(k, c);
+    c = bench_add(k, "geglu", run_geglu, "[%lld, 2·%lld]", (long long)n, (long long)ffn);
+    bench_activations(c, OPERAND_IN, n, 2 * ffn);
+    bench_activations(c, OPERAND_OUT, n, ffn);
     c->cols = ffn;
-    c->bytes = all_bytes(k, c);
+    c->bytes = bench_bytes(k, c);
 }
 
-static void add_logits(struct builder *k)
+static void add_logits(struct bench_builder *k)
 {
     const int64_t fitting = (int64_t)k->b->logit_bytes / 4 / k->vocab;
     const int64_t n = k->small ? 8 : fitting < 1 ? 1 : fitting < k->tokens ? fitting : k->tokens;
-    struct bench_case *c = add(k, "softcap", run_softcap, "[%lld, %lld]", (long long)n, (long long)k->vocab);
-    operand(c, OPERAND_INOUT, DTYPE_F32, n, k->vocab)->sigma = 20;
+    struct bench_case *c =
+        bench_add(k, "softcap", run_softcap, "[%lld, %lld]", (long long)n, (long long)k->vocab);
+    bench_operand(c, OPERAND_INOUT, DTYPE_F32, n, k->vocab)->sigma = 20;
     c->alone = true;
-    c->bytes = all_bytes(k, c);
-    c = add(k, "compare_rows", run_compare_rows, "2 of [%lld, %lld]", (long long)n, (long long)k->vocab);
-    operand(c, OPERAND_IN, DTYPE_F32, n, k->vocab)->sigma = 3;
-    operand(c, OPERAND_IN, DTYPE_F32, n, k->vocab)->sigma = 3;
-    struct operand *targets = operand(c, OPERAND_IN, DTYPE_I32, 1, n);
+    c->bytes = bench_bytes(k, c);
+    c = bench_add(k, "compare_rows", run_compare_rows, "2 of [%lld, %lld]", (long long)n,
+                  (long long)k->vocab);
+    bench_operand(c, OPERAND_IN, DTYPE_F32, n, k->vocab)->sigma = 3;
+    bench_operand(c, OPERAND_IN, DTYPE_F32, n, k->vocab)->sigma = 3;
+    struct operand *targets = bench_operand(c, OPERAND_IN, DTYPE_I32, 1, n);
     targets->host = true;
     targets->fill = FILL_IDS;
     targets->limit = k->vocab;
-    c->bytes = all_bytes(k, c);
+    c->bytes = bench_bytes(k, c);
     struct operand *rows =
-        operand(c, OPERAND_OUT, DTYPE_F32, n, sizeof(struct row_comparison) / sizeof(float));
+        bench_operand(c, OPERAND_OUT, DTYPE_F32, n, sizeof(struct row_comparison) / sizeof(float));
     rows->host = true;
     rows->compared = 3; /* nll_a, nll_b, kl; what follows are no floats */
 }
@@ -218,7 +206,7 @@ static int run_gemm(const struct backend *b, const struct bench_case *c, const s
     return b->core->gemm(b, &m[0], &m[1], &m[2]);
 }
 
-static struct qmat packed(const struct bench_case *c, const struct mat *words, const struct mat *scales)
+struct qmat bench_packed(const struct bench_case *c, const struct mat *words, const struct mat *scales)
 {
     return (struct qmat){
         .packed = *words, .scales = *scales, .bits = c->bits, .group = c->group, .cols = c->cols};
@@ -226,7 +214,7 @@ static struct qmat packed(const struct bench_case *c, const struct mat *words, c
 
 static int run_q_gemm(const struct backend *b, const struct bench_case *c, const struct mat *m)
 {
-    const struct qmat w = packed(c, &m[1], &m[2]);
+    const struct qmat w = bench_packed(c, &m[1], &m[2]);
     return b->core->q_gemm(b, &m[0], &w, &m[3]);
 }
 
@@ -236,49 +224,51 @@ static void packed_weight(struct bench_case *c, enum operand_use use, int64_t ro
     c->bits = 4;
     c->group = cols < 128 ? cols : 128;
     c->cols = cols;
-    operand(c, use, DTYPE_I32, rows, (cols + 7) / 8)->fill = FILL_BITS;
-    struct operand *scales = operand(c, use, DTYPE_BF16, rows, (cols + c->group - 1) / c->group);
+    bench_operand(c, use, DTYPE_I32, rows, (cols + 7) / 8)->fill = FILL_BITS;
+    struct operand *scales = bench_operand(c, use, DTYPE_BF16, rows, (cols + c->group - 1) / c->group);
     scales->mean = 0.003;
     scales->sigma = 0.0004; /* never 0 */
 }
 
 /* One product with n rows. Few rows are judged by the weight's bytes. */
-static void add_product(struct builder *k, const char *name, bool quantized, int64_t n, int64_t rows,
+static void add_product(struct bench_builder *k, const char *name, bool quantized, int64_t n, int64_t rows,
                         int64_t cols, bool f32)
 {
     struct bench_case *c =
-        add(k, quantized ? "q_gemm" : "gemm", quantized ? run_q_gemm : run_gemm, "%s [%lld, %lld] × %lld",
-            name, (long long)rows, (long long)cols, (long long)n);
-    activations(c, OPERAND_IN, n, cols);
+        bench_add(k, quantized ? "q_gemm" : "gemm", quantized ? run_q_gemm : run_gemm,
+                  "%s [%lld, %lld] × %lld", name, (long long)rows, (long long)cols, (long long)n);
+    bench_activations(c, OPERAND_IN, n, cols);
     if (quantized)
         packed_weight(c, OPERAND_IN, rows, cols);
     else
-        weight(c, rows, cols);
+        bench_weight(c, rows, cols);
     if (f32)
-        operand(c, OPERAND_OUT, DTYPE_F32, n, rows);
+        bench_operand(c, OPERAND_OUT, DTYPE_F32, n, rows);
     else
-        activations(c, OPERAND_OUT, n, rows);
-    c->bytes = all_bytes(k, c);
+        bench_activations(c, OPERAND_OUT, n, rows);
+    c->bytes = bench_bytes(k, c);
     c->flops = n > 16 ? 2.0 * (double)n * (double)rows * (double)cols : 0;
 }
 
-static void add_products(struct builder *k)
+void bench_linears(const struct gemma_config *g, struct bench_linear out[BENCH_LINEARS])
 {
-    const struct gemma_config *g = k->c;
     const int64_t h = g->hidden_size, q = g->n_heads * g->head_dim, kv = g->n_kv_heads * g->head_dim;
-    const struct {
-        const char *name;
-        int64_t rows, cols;
-    } linears[] = {{"qkv", q + 2 * kv, h},
-                   {"o", h, q},
-                   {"gate_up", 2 * g->intermediate_size, h},
-                   {"down", h, g->intermediate_size}};
+    out[0] = (struct bench_linear){"qkv", q + 2 * kv, h};
+    out[1] = (struct bench_linear){"o", h, q};
+    out[2] = (struct bench_linear){"gate_up", 2 * g->intermediate_size, h};
+    out[3] = (struct bench_linear){"down", h, g->intermediate_size};
+}
+
+static void add_products(struct bench_builder *k)
+{
+    struct bench_linear linears[BENCH_LINEARS];
+    bench_linears(k->c, linears);
     for (int quantized = 0; quantized < 2; quantized++)
         for (int one = 0; one < 2; one++)
-            for (size_t i = 0; i < sizeof linears / sizeof *linears; i++)
+            for (int i = 0; i < BENCH_LINEARS; i++)
                 add_product(k, linears[i].name, quantized, one ? 1 : k->tokens, linears[i].rows,
                             linears[i].cols, false);
-    add_product(k, "head", false, 1, k->vocab, h, true);
+    add_product(k, "head", false, 1, k->vocab, k->c->hidden_size, true);
 }
 
 /* --- attention ------------------------------------------------------------------------------------------------------ */
@@ -310,25 +300,26 @@ static int run_attention_backward(const struct backend *b, const struct bench_ca
     return b->train->attention_backward(b, &spec, &tape, &m[5], &m[6], &m[7], &m[8]);
 }
 
-static void add_positions(struct builder *k)
+static void add_positions(struct bench_builder *k)
 {
     const int64_t d = k->c->head_dim, q = k->c->n_heads * d, kv = k->c->n_kv_heads * d;
     struct bench_case *c =
-        add(k, "rope_table", run_rope_table, "[%lld, %lld]", (long long)k->length, (long long)d);
-    struct operand *frequencies = operand(c, OPERAND_IN, DTYPE_F32, 1, d / 2);
+        bench_add(k, "rope_table", run_rope_table, "[%lld, %lld]", (long long)k->length, (long long)d);
+    struct operand *frequencies = bench_operand(c, OPERAND_IN, DTYPE_F32, 1, d / 2);
     frequencies->host = true;
     frequencies->mean = 0.02; /* angles of some radians */
     frequencies->sigma = 0.005;
-    operand(c, OPERAND_OUT, DTYPE_F32, k->length, d);
-    c->bytes = all_bytes(k, c);
-    c = add(k, "split_qkv", run_split_qkv, "[%lld, %lld]", (long long)k->tokens, (long long)(q + 2 * kv));
-    activations(c, OPERAND_IN, k->tokens, q + 2 * kv);
-    weight(c, 1, d);
-    operand(c, OPERAND_IN, DTYPE_F32, k->length, d);
-    activations(c, OPERAND_OUT, k->tokens, q);
-    activations(c, OPERAND_OUT, k->tokens, kv);
-    activations(c, OPERAND_OUT, k->tokens, kv);
-    c->bytes = all_bytes(k, c);
+    bench_operand(c, OPERAND_OUT, DTYPE_F32, k->length, d);
+    c->bytes = bench_bytes(k, c);
+    c = bench_add(k, "split_qkv", run_split_qkv, "[%lld, %lld]", (long long)k->tokens,
+                  (long long)(q + 2 * kv));
+    bench_activations(c, OPERAND_IN, k->tokens, q + 2 * kv);
+    bench_weight(c, 1, d);
+    bench_operand(c, OPERAND_IN, DTYPE_F32, k->length, d);
+    bench_activations(c, OPERAND_OUT, k->tokens, q);
+    bench_activations(c, OPERAND_OUT, k->tokens, kv);
+    bench_activations(c, OPERAND_OUT, k->tokens, kv);
+    c->bytes = bench_bytes(k, c);
 }
 
 double bench_attention_pairs(int64_t first_position, int64_t n_new, int64_t window)
@@ -340,17 +331,17 @@ double bench_attention_pairs(int64_t first_position, int64_t n_new, int64_t wind
 }
 
 /* n_new tokens of each of n sequences, the last of `length`. */
-static void add_attention(struct builder *k, const char *name, int64_t n, int64_t length, int64_t n_new,
+static void add_attention(struct bench_builder *k, const char *name, int64_t n, int64_t length, int64_t n_new,
                           int64_t window)
 {
     const int64_t d = k->c->head_dim, q = k->c->n_heads * d, kv = k->c->n_kv_heads * d;
-    struct bench_case *c = add(k, "attention", run_attention, "%s, %lld × %lld of %lld", name, (long long)n,
-                               (long long)n_new, (long long)length);
+    struct bench_case *c = bench_add(k, "attention", run_attention, "%s, %lld × %lld of %lld", name,
+                                     (long long)n, (long long)n_new, (long long)length);
     const double pairs = (double)n * bench_attention_pairs(length - n_new, n_new, window);
-    activations(c, OPERAND_IN, n * n_new, q);
-    activations(c, OPERAND_IN, n * length, kv);
-    activations(c, OPERAND_IN, n * length, kv);
-    activations(c, OPERAND_OUT, n * n_new, q);
+    bench_activations(c, OPERAND_IN, n * n_new, q);
+    bench_activations(c, OPERAND_IN, n * length, kv);
+    bench_activations(c, OPERAND_IN, n * length, kv);
+    bench_activations(c, OPERAND_OUT, n * n_new, q);
     c->sequences = (struct sequences){n, length - n_new, length};
     c->window = window;
     if (n_new > 1)
@@ -360,30 +351,30 @@ static void add_attention(struct builder *k, const char *name, int64_t n, int64_
 }
 
 /* Whole sequences. */
-static void add_attention_backward(struct builder *k, const char *name, int64_t n, int64_t length,
+static void add_attention_backward(struct bench_builder *k, const char *name, int64_t n, int64_t length,
                                    int64_t window)
 {
     const int64_t d = k->c->head_dim, q = k->c->n_heads * d, kv = k->c->n_kv_heads * d, tokens = n * length;
-    struct bench_case *c = add(k, "attention_backward", run_attention_backward, "%s, %lld × %lld", name,
-                               (long long)n, (long long)length);
-    activations(c, OPERAND_IN, tokens, q);
-    activations(c, OPERAND_IN, tokens, kv);
-    activations(c, OPERAND_IN, tokens, kv);
-    activations(c, OPERAND_IN, tokens, q);
-    struct operand *lse = operand(c, OPERAND_IN, DTYPE_F32, tokens, k->c->n_heads);
+    struct bench_case *c = bench_add(k, "attention_backward", run_attention_backward, "%s, %lld × %lld", name,
+                                     (long long)n, (long long)length);
+    bench_activations(c, OPERAND_IN, tokens, q);
+    bench_activations(c, OPERAND_IN, tokens, kv);
+    bench_activations(c, OPERAND_IN, tokens, kv);
+    bench_activations(c, OPERAND_IN, tokens, q);
+    struct operand *lse = bench_operand(c, OPERAND_IN, DTYPE_F32, tokens, k->c->n_heads);
     lse->mean = 7; /* about ln of the keys in reach, as scores of sigma 1 have it */
     lse->sigma = 0.5;
-    activations(c, OPERAND_IN, tokens, q);
-    activations(c, OPERAND_OUT, tokens, q);
-    activations(c, OPERAND_OUT, tokens, kv);
-    activations(c, OPERAND_OUT, tokens, kv);
+    bench_activations(c, OPERAND_IN, tokens, q);
+    bench_activations(c, OPERAND_OUT, tokens, q);
+    bench_activations(c, OPERAND_OUT, tokens, kv);
+    bench_activations(c, OPERAND_OUT, tokens, kv);
     c->sequences = (struct sequences){n, 0, length};
     c->window = window;
     c->flops = 10 * (double)q * (double)n * bench_attention_pairs(0, length, window); /* five products */
-    c->bytes = all_bytes(k, c);
+    c->bytes = bench_bytes(k, c);
 }
 
-static void add_attentions(struct builder *k)
+static void add_attentions(struct bench_builder *k)
 {
     const int64_t window = k->c->sliding_window, reach = k->small ? window + window / 4 : k->length;
     const int64_t n = k->small ? 1 : k->tokens / k->length, cached = k->small ? window + 40 : 4096;
@@ -417,7 +408,7 @@ static int run_quant(const struct backend *b, const struct bench_case *c, const 
         const int64_t n = m[0].rows - row < block ? m[0].rows - row : block;
         const struct mat w = mat_rows(&m[0], row, n), words = mat_rows(&m[1], row, n),
                          scales = mat_rows(&m[2], row, n);
-        struct qmat q = packed(c, &words, &scales);
+        struct qmat q = bench_packed(c, &words, &scales);
         rc = step == FIND_SCALES ? b->quant->find_scales(b, &w, &spec, &q)
              : step == QUANTIZE  ? b->quant->quantize(b, &w, &q)
                                  : b->quant->dequantize(b, &q, &w);
@@ -440,22 +431,22 @@ static int run_dequantize(const struct backend *b, const struct bench_case *c, c
     return run_quant(b, c, m, DEQUANTIZE);
 }
 
-static void add_quant(struct builder *k)
+static void add_quant(struct bench_builder *k)
 {
     static const char *const rules[] = {"range", "absmax", "mse"};
     const int64_t cols = k->c->hidden_size, rows = k->small ? 64 : k->c->intermediate_size;
     for (int i = 0; i < 5; i++) {
         static const char *const ops[] = {"find_scales", "find_scales", "find_scales", "quantize",
                                           "dequantize"};
-        static const case_run runs[] = {run_find_scales, run_find_scales, run_find_scales, run_quantize,
-                                        run_dequantize};
-        struct bench_case *c = add(k, ops[i], runs[i], "%s%s[%lld, %lld]", i < 3 ? rules[i] : "",
-                                   i < 3 ? " " : "", (long long)rows, (long long)cols);
-        weight(c, rows, cols);
+        static const bench_run runs[] = {run_find_scales, run_find_scales, run_find_scales, run_quantize,
+                                         run_dequantize};
+        struct bench_case *c = bench_add(k, ops[i], runs[i], "%s%s[%lld, %lld]", i < 3 ? rules[i] : "",
+                                         i < 3 ? " " : "", (long long)rows, (long long)cols);
+        bench_weight(c, rows, cols);
         packed_weight(c, OPERAND_IN, rows, cols);
         c->rule = i < 3 ? (enum scale_rule)i : SCALE_RANGE;
         c->exact = c->alone = true;
-        c->bytes = all_bytes(k, c);
+        c->bytes = bench_bytes(k, c);
         if (i < 3)
             c->bytes -= (double)(rows * c->operands[1].cols) * 4; /* it leaves the codes alone */
         c->operands[i < 3 ? 2 : i == 3 ? 1 : 0].use = OPERAND_OUT;
@@ -466,12 +457,12 @@ int bench_cases(struct bench_case out[MAX_CASES], const struct gemma_config *c, 
                 int64_t tokens, bool small)
 {
     const int64_t most = 2048, few = 96;
-    struct builder k = {.list = out,
-                        .c = c,
-                        .b = b,
-                        .tokens = small && tokens > few ? few : tokens,
-                        .vocab = small && c->vocab_size > 4096 ? 4096 : c->vocab_size,
-                        .small = small};
+    struct bench_builder k = {.list = out,
+                              .c = c,
+                              .b = b,
+                              .tokens = small && tokens > few ? few : tokens,
+                              .vocab = small && c->vocab_size > 4096 ? 4096 : c->vocab_size,
+                              .small = small};
     k.length = small ? (k.tokens + 1) / 2 : k.tokens < most ? k.tokens : most;
     k.tokens = k.tokens / k.length * k.length; /* whole sequences */
     add_weight_checks(&k);
@@ -481,5 +472,6 @@ int bench_cases(struct bench_case out[MAX_CASES], const struct gemma_config *c, 
     add_products(&k);
     add_logits(&k);
     add_quant(&k);
+    bench_train_cases(&k);
     return k.n;
 }

@@ -37,23 +37,35 @@ static __device__ __forceinline__ struct place place_of(const struct tune_job &j
     return (struct place){row, g, col, left < j.group ? left : j.group};
 }
 
-/* Its numbers; what the job has none of is not set. */
+/* Its numbers; what the job has none of is 0. */
 struct state {
     float scale, zero, start, low, high;
 };
 
-static __device__ __forceinline__ struct state load_state(const struct tune_job &j, const struct place &p)
+/* The same as they lie in memory. Nothing is worked out from them before all that a thread reads is on its way. */
+struct stored_state {
+    float low, high;
+    int32_t keep;
+    uint16_t scale, start;
+    int8_t zero;
+};
+
+static __device__ __forceinline__ struct stored_state load_state(const struct tune_job &j,
+                                                                 const struct place &p)
 {
-    struct state s = {};
-    s.scale = bf16_value(j.scales[p.row * j.scales_stride + p.g]);
+    struct stored_state s;
+    s.scale = j.scales[p.row * j.scales_stride + p.g];
     s.high = j.high[p.row * j.high_stride + p.g];
-    if (j.zeros)
-        s.zero = (float)j.zeros[p.row * j.zeros_stride + p.g];
-    if (j.start)
-        s.start = bf16_value(j.start[p.row * j.start_stride + p.g]);
-    else
-        s.low = j.low[p.row * j.low_stride + p.g];
+    s.zero = j.zeros ? j.zeros[p.row * j.zeros_stride + p.g] : (int8_t)0;
+    s.start = j.start ? j.start[p.row * j.start_stride + p.g] : (uint16_t)0;
+    s.low = j.start ? 0 : j.low[p.row * j.low_stride + p.g];
+    s.keep = j.keep ? *j.keep : 0;
     return s;
+}
+
+static __device__ __forceinline__ struct state state_of(const struct stored_state &s)
+{
+    return (struct state){bf16_value(s.scale), (float)s.zero, bf16_value(s.start), s.low, s.high};
 }
 
 static __device__ __forceinline__ void keep_state(const struct tune_job &j, const struct place &p,
@@ -184,12 +196,6 @@ template <int V> static __device__ __forceinline__ void widen(struct extremes &e
     }
 }
 
-/* Whether this step keeps the iterate it finds. */
-static __device__ __forceinline__ bool keeps(const struct tune_job &j)
-{
-    return j.keep && *j.keep != 0;
-}
-
 /* --- groups in registers ------------------------------------------------------------------------------------------ */
 
 enum {
@@ -230,11 +236,11 @@ static __global__ void __launch_bounds__(THREADS) step_kernel(struct tune_job j,
     const bool here = index < j.n_groups;
     struct place p = place_of(j, here ? index : j.n_groups - 1);
     p.n = here ? p.n : 0;
-    const bool keep = keeps(j);
-    struct state s = load_state(j, p);
-    struct extremes e = {0, 0};
-    struct slopes by = {0, 0};
-    float w[N][EACH] = {}, v[N][EACH] = {}, gradient[N][EACH] = {};
+    const struct stored_state stored = load_state(j, p);
+    struct alignas(EACH * sizeof(TW)) {
+        TW e[EACH];
+    } weights[N] = {};
+    float w[N][EACH], v[N][EACH] = {}, gradient[N][EACH] = {};
     const auto for_pieces = [&](auto f) {
 #pragma unroll
         for (int k = 0; k < N; k++)
@@ -242,11 +248,20 @@ static __global__ void __launch_bounds__(THREADS) step_kernel(struct tune_job j,
                 f(k, (k * lanes + lane) * EACH);
     };
     for_pieces([&](int k, int64_t at) {
-        load<TW, EACH>((const TW *)j.w + p.row * j.w_stride + p.col + at, w[k]);
-        load<float, EACH>(j.v + p.row * j.v_stride + p.col + at, v[k]);
         if (j.gradient)
             load<float, EACH>(j.gradient + p.row * j.gradient_stride + p.col + at, gradient[k]);
+        load<float, EACH>(j.v + p.row * j.v_stride + p.col + at, v[k]);
+        weights[k] = *(decltype(&weights[k]))((const TW *)j.w + p.row * j.w_stride + p.col + at);
     });
+#pragma unroll
+    for (int k = 0; k < N; k++)
+#pragma unroll
+        for (int i = 0; i < EACH; i++)
+            w[k][i] = to_float(weights[k].e[i]);
+    struct state s = state_of(stored);
+    const bool keep = stored.keep != 0;
+    struct extremes e = {0, 0};
+    struct slopes by = {0, 0};
     for_pieces([&](int k, int64_t at) {
         widen<EACH>(e, w[k]);
         if (j.gradient || keep)
@@ -288,8 +303,9 @@ static __global__ void __launch_bounds__(THREADS) long_step_kernel(struct tune_j
     __shared__ float shared[THREADS / 32];
     const auto add = [](float a, float b) { return a + b; };
     const struct place p = place_of(j, blockIdx.x);
-    const bool keep = keeps(j);
-    struct state s = load_state(j, p);
+    const struct stored_state stored = load_state(j, p);
+    const bool keep = stored.keep != 0;
+    struct state s = state_of(stored);
     struct extremes e = {0, 0};
     struct slopes by = {0, 0};
     const TW *weights = (const TW *)j.w + p.row * j.w_stride + p.col;

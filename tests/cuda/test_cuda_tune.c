@@ -26,7 +26,7 @@ struct subject {
     struct shape shape;
     int64_t group, groups; /* columns of a group, groups of a row */
     int bits;
-    bool symmetric, started;
+    bool symmetric, started, ends_clip;
     struct twin w, v, start, low, high, scales, zeros, restored, codes, kept_scales, kept_zeros, gradient;
     struct tune_rates rates;
     int32_t *keep[N_SIDES];
@@ -44,10 +44,11 @@ static void written(struct subject *s, struct twin *out[N_WRITTEN])
 static const char *text_of(const struct subject *s)
 {
     static char text[160];
-    snprintf(text, sizeof text, "%s %d × %d to %s, %d bits%s%s, group %d, gaps of %d",
+    snprintf(text, sizeof text, "%s %d × %d to %s, %d bits%s%s%s, group %d, gaps of %d",
              dtype_name(s->w.initial.dtype), (int)s->shape.rows, (int)s->shape.cols,
              dtype_name(s->restored.initial.dtype), s->bits, s->symmetric ? "" : " asymmetric",
-             s->started ? ", from scales" : "", (int)s->group, (int)s->shape.slack);
+             s->started ? ", from scales" : "", s->ends_clip ? ", ends clip" : "", (int)s->group,
+             (int)s->shape.slack);
     return text;
 }
 
@@ -101,6 +102,7 @@ static struct subject make_subject(const struct shape *h, size_t kind)
                         .bits = kind % 2 ? 8 : 4,
                         .symmetric = kind / 2 % 2,
                         .started = kind / 4 % 2,
+                        .ends_clip = (kind + (size_t)h->rows) % 2,
                         .rates = {0.07f, 0.011f}};
     const int64_t rows = h->rows, cols = h->cols, n = (cols + s.group - 1) / s.group, slack = h->slack;
     s.groups = n;
@@ -156,6 +158,7 @@ static void run(const struct subject *s, const struct call *c, enum side on)
                              .lowest = 0.9f,
                              .highest = 1.02f,
                              .distance = 0.45f,
+                             .ends_clip = s->ends_clip,
                              .q = &q,
                              .restored = &s->restored.m[on],
                              .codes = &s->codes.m[on],
