@@ -99,8 +99,11 @@ struct tuning {
     const struct mat *start;      /* BF16 [rows, groups] or NULL */
     const struct mat *low, *high; /* F32 [rows, groups]; low: without start only */
     float lowest, highest;        /* bounds of low and high */
-    const struct qmat *q;         /* scales and zero points of the iterate; packed is not used */
-    const struct mat *restored;   /* BF16 or F32 [rows, cols]: ŵ of the iterate */
+    bool
+        ends_clip; /* a weight at the lowest or the highest code counts as clipped, as PyTorch's clamp has it since
+                       2.14 */
+    const struct qmat *q;       /* scales and zero points of the iterate; packed is not used */
+    const struct mat *restored; /* BF16 or F32 [rows, cols]: ŵ of the iterate */
     /* The best iterate so far: */
     const struct mat *codes; /* I8 [rows, cols], q − zero */
     const struct qmat *kept; /* its scales and zero points */

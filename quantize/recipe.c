@@ -84,7 +84,7 @@ const char *recipe_scales_name(enum scale_rule rule)
 struct gptq_options recipe_gptq(const struct recipe *r)
 {
     return (struct gptq_options){
-        .sweep = !strcmp(r->method, "gptq"),
+        .sweep = r->sweep,
         .natural_order = r->natural_order,
         .damping = r->damping,
         .passes = r->passes,
@@ -381,7 +381,7 @@ static const struct linear_plan *most_common(const struct recipe_plan *plan)
 int recipe_quant_config(struct quant_config *out, const struct recipe_plan *plan, const struct recipe *recipe,
                         const struct gemma_config *cfg)
 {
-    *out = (struct quant_config){.act_order = !strcmp(recipe->method, "gptq") && !recipe->natural_order};
+    *out = (struct quant_config){.act_order = recipe->sweep && !recipe->natural_order};
     const struct linear_plan *common = most_common(plan);
     struct quant_group *group;
     int rc = quant_config_add_group(out, common->scheme, &group);
@@ -429,6 +429,21 @@ static void write_scheme(struct text *out, struct quant_scheme s)
         json_put_string(out, "channel");
 }
 
+static void write_tuning(const struct recipe *r, struct text *out)
+{
+    const struct tune_options *t = &r->tune;
+    json_put_key(out, "tuning");
+    json_begin_object(out);
+    json_kv_int(out, "iterations", t->iterations);
+    json_kv_int(out, "batch", t->batch);
+    json_kv_double(out, "lr", t->lr);
+    json_kv_double(out, "scale_lr", t->range_lr);
+    json_kv_string(out, "init", t->init == TUNE_FROM_NONE ? "none" : r->sweep ? "gptq" : "rtn");
+    json_kv_string(out, "keep", t->keep == TUNE_KEEP_BEST ? "best" : "last");
+    json_kv_uint(out, "seed", t->seed);
+    json_end_object(out);
+}
+
 void recipe_write(const struct recipe *r, struct text *out)
 {
     json_begin_object(out);
@@ -454,5 +469,7 @@ void recipe_write(const struct recipe *r, struct text *out)
         json_kv_double(out, "damping", r->damping);
         json_kv_int(out, "refine", r->passes);
     }
+    if (r->tune.iterations)
+        write_tuning(r, out);
     json_end_object(out);
 }

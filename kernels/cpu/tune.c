@@ -129,11 +129,11 @@ static struct slopes move_v(const struct tune_job *j, const struct part *p)
     struct slopes sum = {0, 0};
     for (int64_t c = p->first; c < p->end; c++) {
         const float u = load_one(t->w, p->row, c) / s, r = rintf(u + v[c]);
-        if (r >= p->least && r <= p->most) {
+        if (t->ends_clip ? r > p->least && r < p->most : r >= p->least && r <= p->most) {
             sum.scale += g[c] * (r - u);
             v[c] -= j->rates->v * sign_of(g[c] * sign_of(s));
         } else {
-            sum.scale += g[c] * (r < p->least ? p->least : p->most);
+            sum.scale += g[c] * clamped(r, p->least, p->most);
             sum.zero -= s * g[c];
         }
     }

@@ -26,7 +26,7 @@ struct cuda_state {
     struct solver *solver;     /* hessian.cu's own: cuSOLVER and its workspace */
 };
 
-/* A panel of a dequantized weight, or the partial results of decode attention. */
+/* A panel of a dequantized weight, the partial results of decode attention, or the weights of attention's gradient. */
 static const size_t CUDA_SCRATCH_BYTES = (size_t)256 << 20;
 
 enum { REDUCE_BLOCKS = 1024 };
