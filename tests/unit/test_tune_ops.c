@@ -16,6 +16,7 @@ struct kind {
     enum dtype weight, restored;
     bool with_start;
     double shrink; /* start: the found scales times it; below 1 weights are clipped */
+    bool ends_clip;
 };
 
 struct tuned {
@@ -51,13 +52,20 @@ static void make_tuned(struct tuned *u, const struct kind *k)
     u->low = make(DTYPE_F32, ROWS, groups);
     u->high = make(DTYPE_F32, ROWS, groups);
     u->start = make(DTYPE_BF16, ROWS, groups);
-    u->t = (struct tuning){&u->w,     &u->v,    k->with_start ? &u->start : NULL,
-                           &u->low,   &u->high, 0.7f,
-                           1.1f,      &u->q,    &u->restored,
-                           &u->codes, &u->kept};
+    u->t = (struct tuning){.w = &u->w,
+                           .v = &u->v,
+                           .start = k->with_start ? &u->start : NULL,
+                           .low = k->with_start ? NULL : &u->low,
+                           .high = &u->high,
+                           .lowest = 0.7f,
+                           .highest = 1.1f,
+                           .ends_clip = k->ends_clip,
+                           .q = &u->q,
+                           .restored = &u->restored,
+                           .codes = &u->codes,
+                           .kept = &u->kept};
     if (!k->with_start)
         return;
-    u->t.low = NULL;
     struct qmat found = u->q;
     found.scales = u->start;
     assert_ok(cpu[0].quant->find_scales(&cpu[0], &u->w, &(struct scale_spec){SCALE_RANGE, false}, &found));
@@ -174,7 +182,7 @@ static struct spot spot_of(const struct tuned *u, const struct group *g, int64_t
 {
     struct spot s = {.steps = (double)(float)(naive_element(&u->w, g->row, col) / g->scale)};
     const double r = nearbyint((double)(float)(s.steps + (double)at(&u->v, g->row, col)));
-    s.in_range = r >= g->least && r <= g->most;
+    s.in_range = u->t.ends_clip ? r > g->least && r < g->most : r >= g->least && r <= g->most;
     s.code = r < g->least ? g->least : r > g->most ? g->most : r;
     return s;
 }
@@ -207,15 +215,14 @@ static void check_v(const struct tuned *before, const struct tuned *after, const
     for (int64_t c = g->first; c < g->end; c++) {
         const struct spot s = spot_of(before, g, c);
         const double gradient = (double)at(a->gradient, g->row, c);
-        const struct sum term = {gradient, fabs(gradient)};
         const float old = at(&before->v, g->row, c);
         const float v = s.in_range ? old - a->rates.v * (float)sign(gradient * g->scale) : old;
         if (at(&after->v, g->row, c) != v)
             fail_msg("%s: row %d column %d: v %.9g, expected %.9g", text, (int)g->row, (int)c,
                      (double)at(&after->v, g->row, c), (double)v);
+        const struct sum term = {gradient, fabs(gradient)};
         by[0] = plus(by[0], times(term, s.in_range ? s.code - s.steps : s.code));
-        if (!s.in_range)
-            by[1] = plus(by[1], times(term, -g->scale));
+        by[1] = plus(by[1], times(term, s.in_range ? 0 : -g->scale));
         seen.weights++;
         seen.clipped += !s.in_range;
     }
@@ -305,9 +312,8 @@ static void check_iterate(const struct tuned *after, const struct group *before,
 static void check_kept(const struct tuned *before, const struct tuned *after, const struct group *g,
                        bool keep, const char *text)
 {
-    const struct tuned *from = before;
     for (int64_t c = g->first; c < g->end; c++) {
-        const int expected = keep ? (int)spot_of(from, g, c).code : int_at(&before->codes, g->row, c);
+        const int expected = keep ? (int)spot_of(before, g, c).code : int_at(&before->codes, g->row, c);
         if (int_at(&after->codes, g->row, c) != expected)
             fail_msg("%s: row %d column %d: code %d, expected %d", text, (int)g->row, (int)c,
                      int_at(&after->codes, g->row, c), expected);
@@ -357,7 +363,8 @@ static struct kind kind_of(size_t i, char text[120])
                            types[(i + i / 3) % 3],
                            i / 2 % 2 ? DTYPE_F32 : DTYPE_BF16,
                            start > 0,
-                           start == 2 ? 0.45 : 1};
+                           start == 2 ? 0.45 : 1,
+                           false};
     snprintf(text, 120, "%d bits, groups of %d in %d, %s, %s, start %d, shrink %g", k.grid.bits,
              (int)k.grid.group, (int)k.cols, k.grid.asymmetric ? "asymmetric" : "symmetric",
              dtype_name(k.weight), k.with_start, k.shrink);
@@ -382,10 +389,11 @@ static void test_step(void **state)
     (void)state;
     static const int32_t keeps[] = {0, 1, 1, 0, 1};
     memset(&seen, 0, sizeof seen);
-    for (size_t i = 0; i < N_KINDS; i++) {
+    for (size_t i = 0; i < N_KINDS * 2; i++) {
         struct tuned u;
         char text[120];
-        const struct kind k = kind_of(i, text);
+        struct kind k = kind_of(i / 2, text);
+        k.ends_clip = i % 2;
         make_tuned(&u, &k);
         struct step_args a = {.t = &u.t, .rates = {0.11f, 0.07f}};
         run_all(&u, run_begin, &a, text);
@@ -408,11 +416,9 @@ static void test_step(void **state)
 
 static void check_ones(const struct tuned *u)
 {
-    for (int64_t i = 0; i < ROWS * u->q.scales.cols; i++) {
-        assert_true(at(&u->high, i / u->q.scales.cols, i % u->q.scales.cols) == 1);
-        if (!u->t.start)
-            assert_true(at(&u->low, i / u->q.scales.cols, i % u->q.scales.cols) == 1);
-    }
+    for (int64_t r = 0; r < ROWS; r++)
+        for (int64_t g = 0; g < u->q.scales.cols; g++)
+            assert_true(at(&u->high, r, g) == 1 && (u->t.start || at(&u->low, r, g) == 1));
 }
 
 /* Without codes nothing is moved: the first iterate is what rounding to nearest gives. It adds a zero point before it
@@ -499,9 +505,7 @@ static void test_codes_come_back(void **state)
         run_all(&u, run_step, &a, text);
         a.keep = &keep;
         run_all(&u, run_step, &a, text);
-        for (int64_t j = 0; j < ROWS * k.cols; j++)
-            if (int_at(&u.codes, j / k.cols, j % k.cols) != int_at(&codes, j / k.cols, j % k.cols))
-                fail_msg("%s: row %d column %d: another code", text, (int)(j / k.cols), (int)(j % k.cols));
+        assert_memory_equal(u.codes.data, codes.data, (size_t)(ROWS * codes.stride));
         free_matrices();
     }
 }
@@ -560,12 +564,12 @@ static void test_small_problem(void **state)
 {
     (void)state;
     for (size_t i = 0; i < 4; i++) {
-        const struct kind k = {{4, 32, i % 2 == 1}, COLS, DTYPE_BF16, i % 2 ? DTYPE_F32 : DTYPE_BF16,
-                               i / 2 == 1,          1};
-        char text[60];
-        snprintf(text, sizeof text, "%s, start %d", k.grid.asymmetric ? "asymmetric" : "symmetric",
-                 k.with_start);
-        tune(&k, text);
+        const enum dtype restored = i % 2 ? DTYPE_F32 : DTYPE_BF16;
+        const struct kind k = {{4, 32, i % 2 == 1}, COLS, DTYPE_BF16, restored, i / 2 == 1, 1, false};
+        tune(&k, i == 0   ? "symmetric"
+                 : i == 1 ? "asymmetric"
+                 : i == 2 ? "symmetric, with start"
+                          : "asymmetric, with start");
     }
 }
 
@@ -573,7 +577,7 @@ static void test_refused(void **state)
 {
     (void)state;
     struct tuned u;
-    make_tuned(&u, &(struct kind){{4, 32, false}, 64, DTYPE_BF16, DTYPE_BF16, false, 1});
+    make_tuned(&u, &(struct kind){{4, 32, false}, 64, DTYPE_BF16, DTYPE_BF16, false, 1, false});
     u.q.bits = 3;
     assert_error(cpu[0].train->tune_begin(&cpu[0], &u.t, NULL), ERR_UNSUPPORTED, "tune_begin: 3 bits");
     assert_error(cpu[0].train->tune_step(&cpu[0], &u.t, NULL, NULL, NULL), ERR_UNSUPPORTED,
