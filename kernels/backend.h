@@ -99,9 +99,8 @@ struct tuning {
     const struct mat *start;      /* BF16 [rows, groups] or NULL */
     const struct mat *low, *high; /* F32 [rows, groups]; low: without start only */
     float lowest, highest;        /* bounds of low and high */
-    bool
-        ends_clip; /* a weight at the lowest or the highest code counts as clipped, as PyTorch's clamp has it since
-                       2.14 */
+    float distance; /* in steps, < ½: of the start from the centre of a code that is not the nearest */
+    bool ends_clip; /* weights at the lowest and highest code count as clipped: PyTorch's clamp since 2.14 */
     const struct qmat *q;       /* scales and zero points of the iterate; packed is not used */
     const struct mat *restored; /* BF16 or F32 [rows, cols]: ŵ of the iterate */
     /* The best iterate so far: */
@@ -363,7 +362,7 @@ struct train_ops {
     /* *improved = *loss < *best, and then *best = *loss. All on the device. */
     int (*keep_best)(const struct backend *b, const double *loss, double *best, int32_t *improved);
     /* The start of a tuning: low and high 1; v = 0, or with codes (I8 [rows, cols], q − zero, under t->start) where a code
-     * is not the nearest to w / start, what brings t to 0.45 steps from it on w's side. */
+     * is not the nearest to w / start, what brings t to t->distance from it, on w's side. */
     int (*tune_begin)(const struct backend *b, const struct tuning *t, const struct mat *codes);
     /* First, where keep (device) is given and not 0, the iterate becomes the best one. Then, with a gradient by ŵ, F32
      * [rows, cols], one step of SignSGD: v −= rates->v·sign, low and high −= rates->range·sign, each by its own gradient

@@ -10,6 +10,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Where a weight begins that another code is nearer to: so close to the boundary that a few steps can bring it back. */
+static const float start_distance = 0.45f;
+
 /* Bounds of the factors of a group's scale. */
 static const float warm_bounds[] = {0.5f, 1.5f}, cold_bounds[] = {0, 1};
 
@@ -307,6 +310,7 @@ static void view_piece(const struct tuner *t, const struct tuned_set *s, int pie
                                 .high = &u->high,
                                 .lowest = bounds[0],
                                 .highest = bounds[1],
+                                .distance = start_distance,
                                 .ends_clip = t->o.ends_clip,
                                 .q = &u->q,
                                 .restored = &u->restored,

@@ -208,10 +208,6 @@ int cpu_tune_step(const struct backend *b, const struct tuning *t, const struct 
 
 /* --- the start -------------------------------------------------------------------------------------------------- */
 
-/* How far from a code's centre a weight begins that another code is nearer to: as good as the boundary, so that a few
- * steps can bring it back. */
-static const float START_DISTANCE = 0.45f;
-
 static void begin_part(const struct tune_job *j, const struct part *p)
 {
     const struct tuning *t = j->t;
@@ -228,7 +224,7 @@ static void begin_part(const struct tune_job *j, const struct part *p)
     for (int64_t c = p->first; c < p->end; c++) {
         const float u = load_one(t->w, p->row, c) / scale, code = (float)codes[c];
         const float nearest = clamped(rintf(u), p->least, p->most);
-        v[c] = code == nearest ? 0 : code > nearest ? code - START_DISTANCE - u : code + START_DISTANCE - u;
+        v[c] = code == nearest ? 0 : code > nearest ? code - t->distance - u : code + t->distance - u;
     }
 }
 

@@ -3,8 +3,8 @@
  * many heads at a time as fit; then dV = Pᵀ·dout, dK = dSᵀ·Q and dQ = dS·K are plain products over the tiles that the
  * mask leaves. Five products in all, where kernels that keep nothing need seven, and every sum has one block and a fixed
  * order: no atomics. The head's dimensions are what the first kernel sums over and the second has as columns, so no size
- * of heads needs tiles of its own. The query heads of one key head must fit together: 4096 pairs of tiles of 128 queries
- * and 128 keys, or, without a window, 3968 tokens for 8 heads and 11392 for 1.
+ * of heads needs tiles of its own. The query heads of one key head must fit together: almost 4096 pairs of tiles of 128
+ * queries and 128 keys, or, without a window, 3968 tokens for 8 heads and 11392 for 1.
  *
  * Only queries and keys of the sequences' tokens are read. A NaN goes where it goes in the forward pass and into all
  * gradients that depend on what it made NaN; as there, a hidden NaN reaches those whose tile holds it with weight 0. */
@@ -146,20 +146,23 @@ static __device__ __forceinline__ void store_scores(const struct gradient &a, co
     const int first = w.i * TILE, key = j * TILE + column;
     const bool edge = j == w.i || first + TILE > a.n || j * TILE <= first + TILE - 1 - a.window;
     const float scale = a.scale * LOG2_E;
+    float2 stats[MT * 2]; /* all loads before the first store, which they could not pass */
+#pragma unroll
+    for (int i = 0; i < MT * 2; i++)
+        stats[i] =
+            first + row + i * 8 < a.n ? w.stats[(row + i * 8) * (int64_t)a.n_heads] : make_float2(0, 0);
 #pragma unroll
     for (int i = 0; i < MT * 2; i++) {
-        const int m = i / 2, h = i % 2, query = row + m * 16 + h * 8;
-        const bool exists = first + query < a.n;
-        const float2 stats = exists ? w.stats[query * (int64_t)a.n_heads] : make_float2(0, 0);
+        const int m = i / 2, h = i % 2, query = row + i * 8;
 #pragma unroll
         for (int n = 0; n < SCORE_NT; n++) {
             float x[2], y[2];
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 const int ahead = key + n * 8 + e - first - query;
-                const bool seen = !edge || (exists && ahead <= 0 && ahead > -a.window);
-                x[e] = seen ? power_of_two(fmaf(s[m][n][h * 2 + e], scale, -stats.x)) : 0;
-                y[e] = seen ? x[e] * (dp[m][n][h * 2 + e] - stats.y) * a.scale : 0;
+                const bool seen = !edge || (first + query < a.n && ahead <= 0 && ahead > -a.window);
+                x[e] = seen ? power_of_two(fmaf(s[m][n][h * 2 + e], scale, -stats[i].x)) : 0;
+                y[e] = seen ? x[e] * (dp[m][n][h * 2 + e] - stats[i].y) * a.scale : 0;
                 s[m][n][h * 2 + e] = dp[m][n][h * 2 + e] = 0;
             }
             const int word = (query / 8 * (TILE / 8) + column / 8 + n) * 32 + threadIdx.x % 32;
@@ -482,7 +485,7 @@ static struct gradient describe(const struct attention_spec *spec, const struct 
 
 /* As many key/value heads at a time as the scratch memory holds P and dS for, spread evenly over the turns. */
 static int take_turns(const struct backend *b, struct gradient *a, struct product products[3],
-                      int64_t n_units, launch_fn *launch)
+                      int64_t n_units, launch_fn *run)
 {
     const size_t stats_bytes = (size_t)(n_units * a->per_kv * a->n) * sizeof(float2) / 256 * 256 + 256,
                  part_bytes = (size_t)(a->per_kv * a->head_tiles) * TILE_BYTES;

@@ -19,7 +19,7 @@ struct tune_job {
     int64_t cols, group;
     uint32_t per_row, n_groups;
     struct tune_rates rates;
-    float lowest, highest;
+    float lowest, highest, distance;
     int bits;
     bool ends_clip;
 };
@@ -392,6 +392,7 @@ static struct tune_job make_job(const struct tuning *t, const struct mat *gradie
     j.lowest = t->lowest;
     j.highest = t->highest;
     j.bits = t->q->bits;
+    j.distance = t->distance;
     j.ends_clip = t->ends_clip;
     return j;
 }
@@ -448,9 +449,6 @@ extern "C" int cuda_tune_step(const struct backend *b, const struct tuning *t, c
 
 /* --- the start ---------------------------------------------------------------------------------------------------- */
 
-/* As the CPU's: how far from a code's centre a weight begins that another code is nearer to. */
-static __device__ const float START_DISTANCE = 0.45f;
-
 /* A block for each row. codes: NULL, or to begin from. */
 static __global__ void begin_kernel(struct tune_job j, enum dtype dtype, const int8_t *codes)
 {
@@ -470,7 +468,7 @@ static __global__ void begin_kernel(struct tune_job j, enum dtype dtype, const i
                             bf16_value(j.start[row * j.start_stride + g]);
             const float code = (float)codes[row * j.codes_stride + c];
             const float nearest = clamped(rintf(u), r.low - zero, r.high - zero);
-            v = code == nearest ? 0 : code > nearest ? code - START_DISTANCE - u : code + START_DISTANCE - u;
+            v = code == nearest ? 0 : code > nearest ? code - j.distance - u : code + j.distance - u;
         }
         j.v[row * j.v_stride + c] = v;
     }

@@ -57,9 +57,11 @@ static void check_attention(struct outcome *o, const struct attention_spec *spec
     const struct heads *h = &spec->heads;
     const struct sequences *s = &spec->sequences;
     const int64_t positions = s->first_position + rows, cols = h->n_heads * h->head_dim;
-    struct attention_args a = {*spec, twin_random(ACT, s->n * rows, cols, slack, amplitude),
-                               make_cache(spec, positions, slack), make_cache(spec, positions, slack + 8),
-                               twin_make(ACT, s->n * rows, cols, slack)};
+    struct attention_args a = {.spec = *spec,
+                               .q = twin_random(ACT, s->n * rows, cols, slack, amplitude),
+                               .keys = make_cache(spec, positions, slack),
+                               .values = make_cache(spec, positions, slack + 8),
+                               .out = twin_make(ACT, s->n * rows, cols, slack)};
     char text[120];
     snprintf(text, sizeof text, "heads %d/%d of %d, window %d, %d × %d rows at %d", h->n_heads, h->n_kv_heads,
              h->head_dim, (int)spec->window, (int)s->n, (int)rows, (int)s->first_position);
@@ -140,10 +142,11 @@ static void test_attention_lse(void **state)
                                             {1 + (int64_t)(i % 3), first, first + rows + 3},
                                             i % 7 ? 1 / sqrtf((float)dim) : 1,
                                             windows[(turn + i / 2) % 4]};
-        struct attention_args a = {spec, twin_random(ACT, spec.sequences.n * rows, heads[0] * dim, slack, 4),
-                                   make_cache(&spec, first + rows, slack),
-                                   make_cache(&spec, first + rows, slack),
-                                   twin_make(ACT, spec.sequences.n * rows, heads[0] * dim, slack)};
+        struct attention_args a = {.spec = spec,
+                                   .q = twin_random(ACT, spec.sequences.n * rows, heads[0] * dim, slack, 4),
+                                   .keys = make_cache(&spec, first + rows, slack),
+                                   .values = make_cache(&spec, first + rows, slack),
+                                   .out = twin_make(ACT, spec.sequences.n * rows, heads[0] * dim, slack)};
         a.lse = twin_make(DTYPE_F32, spec.sequences.n * rows, heads[0], (int64_t)(i % 2));
         char text[120];
         snprintf(text, sizeof text, "heads %d/%d of %d, window %d, %d × %d rows at %d", heads[0], heads[1],
@@ -163,9 +166,11 @@ static struct attention_args make_backward(const struct attention_spec *spec, in
     const struct heads *h = &spec->heads;
     const struct sequences *s = &spec->sequences;
     const int64_t cols = h->n_heads * h->head_dim, kv_cols = h->n_kv_heads * h->head_dim, n = s->n * rows;
-    struct attention_args a = {*spec, twin_random(ACT, n, cols, slack, amplitude),
-                               make_cache(spec, rows, slack), make_cache(spec, rows, slack + 8),
-                               twin_make(ACT, n, cols, slack)};
+    struct attention_args a = {.spec = *spec,
+                               .q = twin_random(ACT, n, cols, slack, amplitude),
+                               .keys = make_cache(spec, rows, slack),
+                               .values = make_cache(spec, rows, slack + 8),
+                               .out = twin_make(ACT, n, cols, slack)};
     a.lse = twin_make(DTYPE_F32, n, h->n_heads, slack / 8);
     a.dout = twin_random(ACT, n, cols, slack + 16, 1);
     a.dq = twin_make(ACT, n, cols, slack);
@@ -298,8 +303,11 @@ static void test_attention_alignment(void **state)
     const struct backend *b = &side[DEVICE];
     const struct attention_spec spec = {{1, 1, 64}, {1, 0, 4}, 0.125f, 0};
     struct outcome o = {"attention, odd strides", act_bound, 0, 0};
-    struct attention_args a = {spec, twin_random(ACT, 4, 64, 3, 1), twin_random(ACT, 4, 64, 0, 1),
-                               twin_random(ACT, 4, 64, 0, 1), twin_make(ACT, 4, 64, 0)};
+    struct attention_args a = {.spec = spec,
+                               .q = twin_random(ACT, 4, 64, 3, 1),
+                               .keys = twin_random(ACT, 4, 64, 0, 1),
+                               .values = twin_random(ACT, 4, 64, 0, 1),
+                               .out = twin_make(ACT, 4, 64, 0)};
     const int rc = run_attention(b, DEVICE, &a);
     if (rc == 0)
         parity_case(run_attention, &a, &(struct result){&o, &a.out, false}, 1, "odd strides");

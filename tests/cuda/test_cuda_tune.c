@@ -155,6 +155,7 @@ static void run(const struct subject *s, const struct call *c, enum side on)
                              .high = &s->high.m[on],
                              .lowest = 0.9f,
                              .highest = 1.02f,
+                             .distance = 0.45f,
                              .q = &q,
                              .restored = &s->restored.m[on],
                              .codes = &s->codes.m[on],
