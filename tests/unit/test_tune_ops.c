@@ -59,6 +59,7 @@ static void make_tuned(struct tuned *u, const struct kind *k)
                            .high = &u->high,
                            .lowest = 0.7f,
                            .highest = 1.1f,
+                           .distance = k->shrink < 1 ? 0.3f : 0.45f,
                            .ends_clip = k->ends_clip,
                            .q = &u->q,
                            .restored = &u->restored,
@@ -460,13 +461,15 @@ static void test_first_iterate(void **state)
     print_message("first iterates: %zu weights, %zu of them halfway with a zero point\n", weights, halfway);
 }
 
-/* v for a code: 0 where it is the nearest, else what brings w / start to 0.45 steps from it, on the weight's side. */
-static float expected_v(double w, double scale, int code, int least, int most)
+/* v for a code: 0 where it is the nearest, else what brings w / start so close to it, on the weight's side. */
+static float expected_v(const struct tuned *u, int64_t row, int64_t col, int code)
 {
-    const float steps = (float)(w / scale);
-    const double r = nearbyint((double)steps);
-    const int nearest = (int)(r < least ? least : r > most ? most : r);
-    return code == nearest ? 0 : (float)code + (code < nearest ? 0.45f : -0.45f) - steps;
+    const int half = 1 << (u->q.bits - 1), zero = zero_at(&u->q, row, col);
+    const double scale = naive_element(&u->start, row, col / u->q.group),
+                 steps = (float)(naive_element(&u->w, row, col) / scale),
+                 nearest = fmin(fmax(nearbyint(steps), -half - zero), half - 1 - zero);
+    return code == nearest ? 0
+                           : (float)code + (code < nearest ? u->t.distance : -u->t.distance) - (float)steps;
 }
 
 /* Any codes, every third the nearest, come back as they were. */
@@ -494,10 +497,7 @@ static void test_codes_come_back(void **state)
         check_ones(&u);
         for (int64_t j = 0; j < ROWS * k.cols; j++) {
             const int64_t row = j / k.cols, col = j % k.cols;
-            const int half = 1 << (k.grid.bits - 1), zero = zero_at(&u.q, row, col);
-            const float v =
-                expected_v(naive_element(&u.w, row, col), naive_element(&u.start, row, col / u.q.group),
-                           int_at(&codes, row, col), -half - zero, half - 1 - zero);
+            const float v = expected_v(&u, row, col, int_at(&codes, row, col));
             if (at(&u.v, row, col) != v)
                 fail_msg("%s: row %d column %d: v %.9g, expected %.9g", text, (int)row, (int)col,
                          (double)at(&u.v, row, col), (double)v);
