@@ -48,6 +48,7 @@ logits w8-channel $tiny
 logits mixed $tiny
 logits mm-hub-cut "$tmp/mm-hub"
 behaviour range $tiny --text data/eval/prose.txt
+check "gradients of the blocks" "$python" tests/interop/test_block_grad.py $tiny --dump "$build/grad_dump"
 
 if [ -z "$data" ]; then
     echo "not run: tokenizer and KL tests (no --data)"

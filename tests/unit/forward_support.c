@@ -36,6 +36,14 @@ void *room(size_t n, size_t size)
     return owned[n_owned++] = p;
 }
 
+double *zeros(int64_t n)
+{
+    double *out = room((size_t)n, sizeof *out);
+    for (int64_t i = 0; i < n; i++)
+        out[i] = 0;
+    return out;
+}
+
 void free_matrices(void)
 {
     while (n_owned)

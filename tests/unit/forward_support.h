@@ -16,7 +16,8 @@ int open_backends(void **state);
 int close_backends(void **state);
 int clean_up(void **state); /* a test that failed must not change the numbers of the next */
 
-void *room(size_t n, size_t size); /* released by free_matrices */
+void *room(size_t n, size_t size); /* released by free_matrices, as what follows */
+double *zeros(int64_t n);
 void free_matrices(void);
 void poison(const struct mat *m);
 struct mat make(enum dtype dtype, int64_t rows, int64_t cols);

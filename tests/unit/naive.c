@@ -54,8 +54,7 @@ uint16_t naive_bits16(double x, int exponent_bits)
     return (uint16_t)(bits | (unsigned)ldexp(fraction, fraction_bits));
 }
 
-/* BF16, neither zero nor subnormal. */
-static double storable(double s)
+double naive_storable(double s)
 {
     if (s == 0)
         return 0.0078125;
@@ -73,16 +72,16 @@ void naive_scale(const double *w, int64_t n, const struct naive_grid *grid, doub
     }
     *zero = 0;
     if (!grid->symmetric) {
-        *scale = storable((float)((double)(float)(high - low) / (top - bottom)));
+        *scale = naive_storable((float)((double)(float)(high - low) / (top - bottom)));
         const double z = nearbyint((float)(bottom - (double)(float)(low / *scale)));
         *zero = (int)(z < bottom ? bottom : z > top ? top : z);
     } else if (grid->rule == SCALE_ABSMAX) {
-        *scale = storable((float)((high > -low ? high : -low) / (top + 0.5)));
+        *scale = naive_storable((float)((high > -low ? high : -low) / (top + 0.5)));
     } else if (grid->positive_only) {
         const double a = (float)(low / bottom), b = (float)(high / (top + 0.5));
-        *scale = storable(a > b ? a : b);
+        *scale = naive_storable(a > b ? a : b);
     } else {
-        *scale = storable((float)((high > -low ? high : low) / bottom));
+        *scale = naive_storable((float)((high > -low ? high : low) / bottom));
     }
 }
 
@@ -127,4 +126,15 @@ double naive_element(const struct mat *m, int64_t row, int64_t col)
     uint16_t h;
     memcpy(&h, (const char *)m->data + 2 * at, sizeof h);
     return naive_value16(h, m->dtype == DTYPE_F16 ? 5 : 8);
+}
+
+double naive_slope(double (*f)(const void *ctx), const void *ctx, double *x, double step)
+{
+    const double centre = *x;
+    *x = centre + step;
+    const double above = f(ctx);
+    *x = centre - step;
+    const double below = f(ctx);
+    *x = centre;
+    return (above - below) / (2 * step);
 }

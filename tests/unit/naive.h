@@ -26,6 +26,9 @@ struct naive_grid {
     int64_t group;
 };
 
+/* A scale as it is stored: BF16, neither zero nor subnormal. */
+double naive_storable(double s);
+
 /* Scale and zero point of n weights. */
 void naive_scale(const double *w, int64_t n, const struct naive_grid *grid, double *scale, int *zero);
 
@@ -40,5 +43,8 @@ double naive_error(const double *w, int64_t n, double scale, int zero, int bits)
 
 /* One element of a matrix of BF16, F16 or F32 as a double. */
 double naive_element(const struct mat *m, int64_t row, int64_t col);
+
+/* ∂f/∂*x by the central difference f(*x + step) − f(*x − step); x points into what f reads, and keeps its value. */
+double naive_slope(double (*f)(const void *ctx), const void *ctx, double *x, double step);
 
 #endif

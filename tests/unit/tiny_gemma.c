@@ -19,13 +19,18 @@ static const char *const torch_names[] = {
 
 static void config_text(const struct tiny_gemma *g, char *out, size_t size)
 {
+    char window[80] = "", pattern[80] = "";
+    if (g->window)
+        snprintf(window, sizeof window, "  \"sliding_window\": %d,\n", g->window);
+    if (g->pattern)
+        snprintf(pattern, sizeof pattern, "  \"sliding_window_pattern\": %d,\n", g->pattern);
     snprintf(out, size,
              "{\n  \"architectures\": [\"Gemma3ForCausalLM\"],\n  \"model_type\": \"gemma3_text\",\n"
              "  \"hidden_size\": %d,\n  \"intermediate_size\": %d,\n  \"num_hidden_layers\": %d,\n"
              "  \"num_attention_heads\": %d,\n  \"num_key_value_heads\": %d,\n  \"head_dim\": %d,\n"
-             "  \"vocab_size\": %d,\n  \"torch_dtype\": \"%s\"\n}\n",
-             (int)g->hidden, (int)g->ffn, g->layers, g->heads, g->kv_heads, g->head_dim, (int)g->vocab,
-             torch_names[g->dtype]);
+             "%s%s  \"vocab_size\": %d,\n  \"torch_dtype\": \"%s\"\n}\n",
+             (int)g->hidden, (int)g->ffn, g->layers, g->heads, g->kv_heads, g->head_dim, window, pattern,
+             (int)g->vocab, torch_names[g->dtype]);
 }
 
 void tiny_gemma_tensors(const struct tiny_gemma *g, struct gemma_config *cfg, struct gemma_tensors *tensors)

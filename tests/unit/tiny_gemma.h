@@ -11,6 +11,8 @@ struct tiny_gemma {
     int64_t hidden, ffn, vocab;
     int layers, heads, kv_heads, head_dim;
     enum dtype dtype;
+    int window;           /* keys that a sliding layer sees; 0: the family's own */
+    int pattern;          /* every pattern-th layer is global; 0: the family's own */
     uint64_t shard_bytes; /* 0: one file */
     /* one weight that is replaced: tensor NULL = none */
     const char *bad_tensor;
