@@ -100,6 +100,25 @@ static const char *skip_string(const char *s)
     return s + 1;
 }
 
+/* Just past any value. */
+static const char *skip_value(const char *s)
+{
+    int depth = 0;
+    if (*s == '"')
+        return skip_string(s);
+    if (*s != '{' && *s != '[')
+        return s + strcspn(s, ",}] \t\r\n");
+    do {
+        if (*s == '"') {
+            s = skip_string(s);
+            continue;
+        }
+        depth += (*s == '{' || *s == '[') - (*s == '}' || *s == ']');
+        s++;
+    } while (depth > 0);
+    return s;
+}
+
 static bool is_key(const char *quote, const char *end, const char *key)
 {
     const size_t n = strlen(key);
@@ -109,7 +128,7 @@ static bool is_key(const char *quote, const char *end, const char *key)
 int hf_config_splice(const struct hf_config *cfg, const char *json, struct text *out)
 {
     static const char member[] = "quantization_config";
-    /* A null one gets the value where it stands: as a second member it would win over ours in readers. */
+    /* One that is there gives way where it stands: as a second member it would win over ours in readers. */
     bool placed = !json_member(cfg->root, member).node;
     const char *run = cfg->text, *s = run + strspn(run, " \t\r\n");
     CHECK(*s == '{');
@@ -133,9 +152,9 @@ int hf_config_splice(const struct hf_config *cfg, const char *json, struct text 
         if (key && *value == '"' && (is_key(s, end, "dtype") || is_key(s, end, "torch_dtype"))) {
             replacement = "\"bfloat16\"";
             after = skip_string(value);
-        } else if (key && depth == 1 && is_key(s, end, member) && !strncmp(value, "null", 4)) {
+        } else if (key && depth == 1 && is_key(s, end, member)) {
             replacement = json;
-            after = value + 4;
+            after = skip_value(value);
             placed = true;
         }
         if (replacement) {
@@ -146,5 +165,5 @@ int hf_config_splice(const struct hf_config *cfg, const char *json, struct text 
         s = replacement ? after : end;
     }
     text_append(out, run, (size_t)(s - run));
-    return placed ? text_finish(out) : err_set(ERR_FORMAT, "%s: has a '%s' already", cfg->path, member);
+    return placed ? text_finish(out) : err_set(ERR_FORMAT, "%s: its '%s' is not found", cfg->path, member);
 }

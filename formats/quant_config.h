@@ -55,6 +55,10 @@ void quant_config_free(struct quant_config *cfg);
 /* "compressed-tensors", "auto-round", "gptq": the names of --format. */
 extern const char *const quant_format_names[N_QUANT_FORMATS];
 
+/* Whether a format has a place for a linear of that scheme and shape (rows, columns), as its readers take it. */
+int quant_format_check(enum quant_format format, struct quant_scheme s, const char *name,
+                       const int64_t shape[2]);
+
 /* The layout in words, for people: "compressed-tensors pack-quantized", "gptq", "gptq_v2", "auto-round (auto_gptq)", … */
 const char *quant_config_title(const struct quant_config *cfg);
 

@@ -13,6 +13,34 @@ static const char autoround_version[] = "0.16.1";
 
 static const char packing_prefix[] = "auto_round:";
 
+/* vLLM has no kernel for zero points in this packing that computes in BF16, and readers differ in what they take a zero
+ * point of 0, stored as 0 − 1, for; AutoRound's own loader reads such a file wrongly. Widths: both readers divide rows and
+ * columns by 32. */
+int quant_format_check(enum quant_format format, struct quant_scheme s, const char *name,
+                       const int64_t shape[2])
+{
+    const char *title = quant_format_names[format];
+    if (s.group && shape[1] % s.group)
+        return err_set(
+            ERR_UNSUPPORTED,
+            "tensor '%s' has %lld columns, which groups of %lld do not divide: readers of %s refuse it", name,
+            (long long)shape[1], (long long)s.group, title);
+    if (format == QUANT_COMPRESSED_TENSORS)
+        return 0;
+    if (!s.symmetric)
+        return err_set(
+            ERR_USAGE,
+            "tensor '%s' is to have zero points, which readers of %s get wrong or cannot compute in BF16: "
+            "take compressed-tensors, or a symmetric scheme",
+            name, title);
+    if (shape[0] % 32 || shape[1] % 32)
+        return err_set(
+            ERR_UNSUPPORTED,
+            "tensor '%s' is %lld × %lld; readers of %s need multiples of 32 (--ignore keeps it in 16 bits)",
+            name, (long long)shape[0], (long long)shape[1], title);
+    return 0;
+}
+
 /* --- writing ---------------------------------------------------------------------------------------------------- */
 
 static void put_scheme(struct quant_scheme s, struct text *out)

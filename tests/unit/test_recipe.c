@@ -257,7 +257,7 @@ static void check_described(const struct recipe *r, struct quant_config *q)
 {
     struct recipe_plan plan;
     resolve(&plan, r);
-    assert_ok(recipe_quant_config(q, &plan, r, &config));
+    assert_ok(recipe_quant_config(q, &plan, r->format, recipe_act_order(r), &config));
     for (size_t i = 0; i < plan.n; i++) {
         const struct linear_plan *l = &plan.linears[i];
         char *module = gemma_module(l->tensor);
