@@ -139,10 +139,14 @@ static int describe_record(const struct model *m, struct text *out)
     const int rc = record_open(&record, m->folder, &found);
     if (rc < 0)
         return rc;
-    const char *method, *scales;
-    if (found && json_opt_string(record.recipe, "method", "?", &method) == 0 &&
+    const char *method, *scales, *from;
+    if (found && json_exists(json_member(record.recipe, "method")) &&
+        json_opt_string(record.recipe, "method", "?", &method) == 0 &&
         json_opt_string(record.recipe, "scales", "?", &scales) == 0)
         text_printf(out, "made by       gemcut %s: %s, scales %s\n", record.version, method, scales);
+    const struct json converted = found ? json_member(json_root(record.doc), "converted") : (struct json){0};
+    if (json_exists(converted) && json_opt_string(converted, "from", "?", &from) == 0)
+        text_printf(out, "converted     from %s\n", from);
     record_close(&record);
     return 0;
 }

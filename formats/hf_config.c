@@ -91,34 +91,6 @@ void hf_config_close(struct hf_config *cfg)
     *cfg = (struct hf_config){0};
 }
 
-/* Just past the string literal that begins at s (at its opening quote). The text has been parsed: it ends. */
-static const char *skip_string(const char *s)
-{
-    for (s++; *s != '"'; s++)
-        if (*s == '\\')
-            s++;
-    return s + 1;
-}
-
-/* Just past any value. */
-static const char *skip_value(const char *s)
-{
-    int depth = 0;
-    if (*s == '"')
-        return skip_string(s);
-    if (*s != '{' && *s != '[')
-        return s + strcspn(s, ",}] \t\r\n");
-    do {
-        if (*s == '"') {
-            s = skip_string(s);
-            continue;
-        }
-        depth += (*s == '{' || *s == '[') - (*s == '}' || *s == ']');
-        s++;
-    } while (depth > 0);
-    return s;
-}
-
 static bool is_key(const char *quote, const char *end, const char *key)
 {
     const size_t n = strlen(key);
@@ -144,17 +116,17 @@ int hf_config_splice(const struct hf_config *cfg, const char *json, struct text 
             s++;
             continue;
         }
-        const char *end = skip_string(s), *value = end + strspn(end, " \t\r\n"), *replacement = NULL,
+        const char *end = json_skip_string(s), *value = end + strspn(end, " \t\r\n"), *replacement = NULL,
                    *after = NULL;
         const bool key = *value == ':';
         if (key)
             value += 1 + strspn(value + 1, " \t\r\n");
         if (key && *value == '"' && (is_key(s, end, "dtype") || is_key(s, end, "torch_dtype"))) {
             replacement = "\"bfloat16\"";
-            after = skip_string(value);
+            after = json_skip_string(value);
         } else if (key && depth == 1 && is_key(s, end, member)) {
             replacement = json;
-            after = skip_value(value);
+            after = json_skip_value(value);
             placed = true;
         }
         if (replacement) {

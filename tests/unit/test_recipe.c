@@ -358,7 +358,7 @@ static void test_written(void **state)
     recipe_write(&r, &t);
     assert_ok(text_finish(&t));
     assert_string_equal(t.data,
-                        "{\"method\": \"rtn\", \"scheme\": \"w4a16-asym\", \"group_size\": 64, \"scales\": "
+                        "{\"method\": \"rtn\", \"format\": \"compressed-tensors\", \"scheme\": \"w4a16-asym\", \"group_size\": 64, \"scales\": "
                         "\"mse\", \"scale_sign\": \"positive\", \"ragged\": \"keep\", \"ignore\": "
                         "[\"*.q_proj\"], \"only\": [], \"override\": [{\"glob\": \"*.o_proj\", \"scheme\": "
                         "\"w8a16\", \"group_size\": \"channel\"}], \"allow_nonfinite\": true}");
