@@ -26,7 +26,7 @@ struct operand {
     int64_t compared; /* columns that count in a comparison; 0 = all */
 };
 
-enum { CASE_OPERANDS = 6, CASE_TEXT = 64, MAX_CASES = 48 };
+enum { CASE_OPERANDS = 9, CASE_TEXT = 64, MAX_CASES = 48 };
 
 struct bench_case {
     const char *op; /* as backend.h calls it */

@@ -298,7 +298,16 @@ static int run_attention(const struct backend *b, const struct bench_case *c, co
 {
     const struct attention_spec spec = {c->heads, c->sequences, 1 / sqrtf((float)c->heads.head_dim),
                                         c->window};
-    return b->core->attention(b, &spec, &m[0], &m[1], &m[2], &m[3]);
+    return b->core->attention(b, &spec, &m[0], &m[1], &m[2], &m[3], NULL);
+}
+
+/* q, keys, values, out, lse, dout, dq, dkeys, dvalues. */
+static int run_attention_backward(const struct backend *b, const struct bench_case *c, const struct mat *m)
+{
+    const struct attention_spec spec = {c->heads, c->sequences, 1 / sqrtf((float)c->heads.head_dim),
+                                        c->window};
+    const struct attention_tape tape = {m[0], m[1], m[2], m[3], m[4]};
+    return b->train->attention_backward(b, &spec, &tape, &m[5], &m[6], &m[7], &m[8]);
 }
 
 static void add_positions(struct builder *k)
@@ -350,6 +359,30 @@ static void add_attention(struct builder *k, const char *name, int64_t n, int64_
                (double)dtype_bytes(k->b->activation); /* of one token: keys and values once */
 }
 
+/* Whole sequences. */
+static void add_attention_backward(struct builder *k, const char *name, int64_t n, int64_t length,
+                                   int64_t window)
+{
+    const int64_t d = k->c->head_dim, q = k->c->n_heads * d, kv = k->c->n_kv_heads * d, tokens = n * length;
+    struct bench_case *c = add(k, "attention_backward", run_attention_backward, "%s, %lld × %lld", name,
+                               (long long)n, (long long)length);
+    activations(c, OPERAND_IN, tokens, q);
+    activations(c, OPERAND_IN, tokens, kv);
+    activations(c, OPERAND_IN, tokens, kv);
+    activations(c, OPERAND_IN, tokens, q);
+    struct operand *lse = operand(c, OPERAND_IN, DTYPE_F32, tokens, k->c->n_heads);
+    lse->mean = 7; /* about ln of the keys in reach, as scores of sigma 1 have it */
+    lse->sigma = 0.5;
+    activations(c, OPERAND_IN, tokens, q);
+    activations(c, OPERAND_OUT, tokens, q);
+    activations(c, OPERAND_OUT, tokens, kv);
+    activations(c, OPERAND_OUT, tokens, kv);
+    c->sequences = (struct sequences){n, 0, length};
+    c->window = window;
+    c->flops = 10 * (double)q * (double)n * bench_attention_pairs(0, length, window); /* five products */
+    c->bytes = all_bytes(k, c);
+}
+
 static void add_attentions(struct builder *k)
 {
     const int64_t window = k->c->sliding_window, reach = k->small ? window + window / 4 : k->length;
@@ -358,6 +391,8 @@ static void add_attentions(struct builder *k)
     add_attention(k, "global", n, reach, reach, 0);
     add_attention(k, "window", 1, cached, 1, window);
     add_attention(k, "global", 1, cached, 1, 0);
+    add_attention_backward(k, "window", n, reach, window);
+    add_attention_backward(k, "global", n, reach, 0);
 }
 
 /* --- quantizing ----------------------------------------------------------------------------------------------------- */

@@ -237,7 +237,7 @@ int bench_run_job(const struct bench *q, const struct bench_place *place, struct
                                         .shard_bytes = SHARD_BYTES,
                                         .n_workers = (int)q->machine.threads,
                                         .skip_check = q->no_verify};
-    const struct cut_events events = {on_stage, on_bytes, on_linear, job};
+    const struct cut_events events = {on_stage, on_bytes, on_linear, NULL, job};
     struct cut *c;
     job->start = clock_seconds();
     int rc = cut_open(&c, &options);

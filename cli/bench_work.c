@@ -82,7 +82,7 @@ static double result_bytes(const struct set *s)
 
 static void count_quantizing(double out[N_WORK], const struct set *s, const struct recipe *r, double tokens)
 {
-    const bool sweep = !strcmp(r->method, "gptq"), weighed = s->kind == FUSED_O || s->kind == FUSED_DOWN;
+    const bool sweep = r->sweep, weighed = s->kind == FUSED_O || s->kind == FUSED_DOWN;
     const double n = s->rows, k = s->cols, triangle = n * k * k, passes = r->passes;
     const int64_t group = s->first->scheme.group ? s->first->scheme.group : s->first->tensor->shape[1];
     const bool apart = SWEEP_COLUMNS % group != 0 && s->first->tensor->shape[1] > SWEEP_COLUMNS;

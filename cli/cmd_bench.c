@@ -13,12 +13,13 @@ struct args {
     const char *what, *group_size;
     int shape, method, scheme, scales;
     int64_t samples, length, refine; /* 0, 0, −1: not given */
+    struct tune_args tune;
     struct bench bench;
     struct output_options output;
 };
 
 static const char *const checks[] = {"auto", "yes", "no", NULL};
-static const char *const methods[] = {"rtn", "gptq", NULL};
+static const char *const methods[] = {"rtn", "gptq", "autoround", NULL};
 static const char *const schemes[] = {"w4a16", "w4a16-asym", "w8a16", NULL};
 static const char *const scale_rules[] = {"auto", "block", "weighted", "range", "absmax", "mse", NULL};
 
@@ -124,8 +125,9 @@ static const struct opt options[] = {
      .value = "N",
      .min = 0,
      .max = 1000,
-     .initial_note = "8",
+     .initial_note = "8; 1 before a tuning",
      .help = "gptq: passes over scales and codes"},
+    TUNE_OPTS(struct args, tune),
     {.name = "no-verify",
      OPT_TO_FLAG(struct args, bench.no_verify),
      .help = "quantize: do not read the result back"},
@@ -206,7 +208,6 @@ static int refuse_foreign(const struct args *a)
 
 static int refuse_uncalibrated(const struct args *a, const struct recipe *r)
 {
-    const bool sweep = !strcmp(r->method, "gptq");
     const struct {
         const char *option;
         bool given, fits;
@@ -214,7 +215,6 @@ static int refuse_uncalibrated(const struct args *a, const struct recipe *r)
     } rules[] = {
         {"samples", a->samples > 0, r->calibrated, "methods that calibrate"},
         {"length", a->length > 0, r->calibrated, "methods that calibrate"},
-        {"refine", a->refine >= 0, sweep, "gptq"},
     };
     for (size_t i = 0; i < sizeof rules / sizeof *rules; i++)
         if (rules[i].given && !rules[i].fits)
@@ -228,7 +228,9 @@ static int make_recipe(const struct args *a, struct recipe *r)
         .method = methods[a->method],
         .scales = scale_rules[a->scales],
         .damping = 0.01,
-        .passes = a->refine >= 0 ? a->refine : 8,
+        .passes = a->refine,
+        .tune = a->tune,
+        .iterations = 200,
         .calib = {.samples = a->samples ? a->samples : 128, .length = a->length}};
     *r = (struct recipe){.ragged = RAGGED_SMALLER};
     int rc = recipe_args_apply(&chosen, r);
@@ -244,7 +246,7 @@ static int make_recipe(const struct args *a, struct recipe *r)
 
 int cmd_bench(int argc, char **argv)
 {
-    struct args a = {.refine = -1};
+    struct args a = {.refine = -1, .tune = TUNE_ARGS_NONE};
     const struct part *part = NULL;
     int rc = cmd_begin(&spec, argc, argv, &a, &a.output);
     if (rc)

@@ -21,8 +21,9 @@
 struct args {
     const char *model, *out, *group_size, *report, *calib;
     int quality, method, scheme, scales, scale_sign, ragged, order, order_columns, format;
-    int64_t samples, length, seed, refine;
+    int64_t samples, length, seed, refine; /* refine −1: not given */
     double damping;
+    struct tune_args tune;
     bool skip_bos;
     struct opt_list ignore, only, overrides;
     uint64_t shard_size;
@@ -31,8 +32,9 @@ struct args {
     struct output_options output;
 };
 
-static const char *const qualities[] = {"draft", "good", NULL};
-static const char *const methods[] = {"rtn", "gptq", NULL}; /* one for each quality */
+static const char *const qualities[] = {"draft", "good", "better", NULL};
+static const char *const methods[] = {"rtn", "gptq", "autoround", NULL}; /* one for each quality */
+enum { BETTER = 2, FULL_TUNING = 200, SHORT_TUNING = 50 };
 static const char *const schemes[] = {"w4a16", "w4a16-asym", "w8a16", NULL};
 static const char *const scale_rules[] = {"auto", "block", "weighted", "range", "absmax", "mse", NULL};
 static const char *const orders[] = {"shuffle", "file", NULL};
@@ -54,14 +56,15 @@ static const struct opt options[] = {
      OPT_TO_CHOICE(struct args, quality),
      .choices = qualities,
      .initial = "good",
-     .help = "draft: rtn, good: gptq"},
+     .help = "draft: rtn; good: gptq; better: gptq, then 50 iterations of autoround"},
     {.name = "method",
      OPT_TO_CHOICE(struct args, method),
      .choices = methods,
      .initial_note = "as --quality says",
      .help =
          "rtn: round to nearest, without data unless --calib is given; gptq: each column makes up for the errors of "
-         "those before it, under the activations of calibration text"},
+         "those before it, under the activations of calibration text; autoround: then all roundings and scales of a "
+         "block are tuned together, by gradients of its output's error"},
     {.name = "scheme",
      OPT_TO_CHOICE(struct args, scheme),
      .choices = schemes,
@@ -142,10 +145,12 @@ static const struct opt options[] = {
     {.name = "refine",
      OPT_TO_INT(struct args, refine),
      .value = "N",
-     .initial = "8",
      .min = 0,
      .max = 1000,
+     .initial_note = "8; 1 before a tuning",
      .help = "passes of coordinate descent over scales and codes after GPTQ; 0: none"},
+    {OPT_SECTION("AutoRound")},
+    TUNE_OPTS(struct args, tune),
     {OPT_SECTION(
         "Selection; globs speak of tensor names, and whole fused sets (q/k/v, gate/up) are decided alike")},
     {.name = "ignore",
@@ -221,6 +226,9 @@ static int choose_method(const struct args *a, struct recipe *r)
                                        .natural_order = a->order_columns == 1,
                                        .damping = a->damping,
                                        .passes = a->refine,
+                                       .tune = a->tune,
+                                       .iterations =
+                                           a->method < 0 && a->quality == BETTER ? SHORT_TUNING : FULL_TUNING,
                                        .calib = {.text = a->calib,
                                                  .samples = a->samples,
                                                  .length = a->length,
@@ -355,10 +363,17 @@ static int plan_json(const struct cut *cut, const struct recipe *recipe, struct 
 
 /* --- progress ------------------------------------------------------------------------------------------------- */
 
-/* Which kind of progress there is. */
+/* A block that has been tuned. */
+struct tuned_block {
+    double seconds, *losses; /* [recipe.tune.iterations]; NULL: an earlier run has tuned it */
+};
+
+/* Which kind of progress there is, and what it has left. */
 struct watch {
     enum cut_stage stage;
-    bool calibrated;
+    const struct recipe *recipe;
+    struct tuned_block *blocks; /* [n_blocks] */
+    int n_blocks;
 };
 
 static void on_stage(void *ctx, enum cut_stage stage, uint64_t total)
@@ -367,7 +382,7 @@ static void on_stage(void *ctx, enum cut_stage stage, uint64_t total)
     static const char *const labels[] = {
         [CUT_QUANTIZE] = "cutting", [CUT_CALIBRATE] = "cutting", [CUT_CHECK] = "reading back"};
     w->stage = stage;
-    progress_begin(stage == CUT_QUANTIZE && w->calibrated ? "copying" : labels[stage],
+    progress_begin(stage == CUT_QUANTIZE && w->recipe->calibrated ? "copying" : labels[stage],
                    stage == CUT_CALIBRATE ? PROGRESS_ITEMS : PROGRESS_BYTES, total);
 }
 
@@ -380,14 +395,58 @@ static void on_bytes(void *ctx, uint64_t bytes)
 static void on_linear(void *ctx, const struct cut_linear *l)
 {
     const struct watch *w = ctx;
+    const bool tuned = w->recipe->tune.iterations > 0;
     char text[256];
-    if (w->calibrated)
+    if (w->recipe->calibrated && !tuned)
         snprintf(text, sizeof text, "%s output error %.4f, nearest codes %.4f", l->plan->tensor->name,
                  sqrt(fmax(l->stats.error, 0)), sqrt(fmax(l->stats.nearest_error, 0)));
     else
         snprintf(text, sizeof text, "%s error %.4f", l->plan->tensor->name, l->error);
-    progress_advance(w->calibrated, text);
+    progress_advance(w->recipe->calibrated, text);
     output_detail("%s", text);
+}
+
+/* The losses as a row of bars, each the mean of its share of them, from nothing to the largest. */
+static void draw_losses(const double *losses, int64_t n, char *out)
+{
+    enum { WIDTH = 16, BAR_BYTES = 3 };
+    static const char bars[] = "▁▂▃▄▅▆▇█";
+    double means[WIDTH], most = 0;
+    const int width = n < WIDTH ? (int)n : WIDTH;
+    for (int i = 0; i < width; i++) {
+        const int64_t from = i * n / width, to = (i + 1) * n / width;
+        means[i] = 0;
+        for (int64_t k = from; k < to; k++)
+            means[i] += losses[k] / (double)(to - from);
+        most = fmax(most, means[i]);
+    }
+    for (int i = 0; i < width; i++) {
+        const int height = means[i] >= 0 && most > 0 ? (int)(7 * means[i] / most + 0.5) : 0;
+        memcpy(out + i * BAR_BYTES, bars + height * BAR_BYTES, BAR_BYTES);
+    }
+    out[width * BAR_BYTES] = '\0';
+}
+
+static void on_block(void *ctx, const struct calibrated_block *b)
+{
+    struct watch *w = ctx;
+    char text[256], bars[64] = "";
+    if (progress_terminal())
+        draw_losses(b->losses, b->n, bars);
+    snprintf(text, sizeof text, "block %d: loss %.3e → %.3e (%+.1f %%) by iteration %lld of %lld, %.1f s %s",
+             b->layer, b->stats.first, b->stats.last, 100 * (b->stats.last / b->stats.first - 1),
+             (long long)b->stats.kept, (long long)b->n, b->seconds, bars);
+    if (progress_terminal())
+        progress_print_line(text);
+    else
+        progress_block(text);
+    if (b->layer < w->n_blocks) {
+        struct tuned_block *kept = &w->blocks[b->layer];
+        kept->seconds = b->seconds;
+        kept->losses = mem_alloc((size_t)b->n, sizeof *kept->losses, "losses");
+        if (kept->losses)
+            memcpy(kept->losses, b->losses, (size_t)b->n * sizeof *kept->losses);
+    }
 }
 
 /* --- the result ----------------------------------------------------------------------------------------------- */
@@ -399,6 +458,7 @@ struct summary {
     int64_t n_nonfinite;
     double output, nearest; /* means of relative output errors, when calibrated */
     double damping;         /* the most that any linear took */
+    double first, last;     /* means of the blocks' losses, when tuned */
 };
 
 static struct summary summarize(const struct cut *cut)
@@ -416,6 +476,15 @@ static struct summary summarize(const struct cut *cut)
             s.worst_name = l[i].plan->tensor->name;
         }
     }
+    int n_blocks = 0;
+    for (int layer = 0; layer < (int)cut_source(cut)->gemma.n_layers; layer++) {
+        const struct cut_linear *block = cut_block(cut, layer);
+        n_blocks += block != NULL;
+        s.first += block ? block->tuned.first : 0;
+        s.last += block ? block->tuned.last : 0;
+    }
+    s.first /= n_blocks;
+    s.last /= n_blocks;
     return s;
 }
 
@@ -430,9 +499,13 @@ static void describe_result(const struct cut *cut, const struct args *a, const s
     describe_scheme(recipe->scheme, out);
     text_printf(out, "; %zu stay in 16 bits\n", t.n_kept);
     text_printf(out, "error    mean %.4f of the weights, worst %.4f (%s)\n", s.mean, s.worst, s.worst_name);
-    if (recipe->calibrated) {
+    if (recipe->tune.iterations)
+        text_printf(out, "         mean squared %.3e of the blocks' outputs, %.3e before %lld iterations\n",
+                    s.last, s.first, (long long)recipe->tune.iterations);
+    else if (recipe->calibrated)
         text_printf(out, "         mean %.4f of the outputs over the calibration, %.4f with nearest codes\n",
                     s.output, s.nearest);
+    if (recipe->calibrated) {
         text_printf(out, "text     %s, %lld samples of %lld tokens\n", recipe->calib.text,
                     (long long)cut_data(cut)->samples, (long long)cut_data(cut)->length);
     }
@@ -461,8 +534,42 @@ static void put_times(const double *seconds, struct text *out)
     json_end_object(out);
 }
 
-static void result_json(const struct cut *cut, const struct args *a, double seconds, struct text *out)
+/* The blocks of a tuning; losses and seconds of those that this run has tuned. */
+static void put_blocks(const struct cut *cut, const struct watch *w, struct text *out)
 {
+    const int64_t n = w->recipe->tune.iterations;
+    if (!n)
+        return;
+    json_kv_int(out, "micro_batch", cut_totals(cut).calibration.micro_batch);
+    json_put_key(out, "blocks");
+    json_begin_array(out);
+    for (int layer = 0; layer < w->n_blocks; layer++) {
+        const struct cut_linear *l = cut_block(cut, layer);
+        const struct tuned_block *block = &w->blocks[layer];
+        if (!l)
+            continue;
+        json_begin_object(out);
+        json_kv_int(out, "block", layer);
+        json_kv_double(out, "loss_first", l->tuned.first);
+        json_kv_double(out, "loss_last", l->tuned.last);
+        json_kv_int(out, "iteration", l->tuned.kept);
+        if (block->losses) {
+            json_kv_double(out, "seconds", block->seconds);
+            json_put_key(out, "losses");
+            json_begin_array(out);
+            for (int64_t k = 0; k < n; k++)
+                json_put_double(out, block->losses[k]);
+            json_end_array(out);
+        }
+        json_end_object(out);
+    }
+    json_end_array(out);
+}
+
+static void result_json(const struct cut *cut, const struct args *a, const struct watch *w, double seconds,
+                        struct text *out)
+{
+    const struct recipe *recipe = w->recipe;
     const struct cut_totals t = cut_totals(cut);
     size_t n;
     const struct cut_linear *l = cut_linears(cut, &n);
@@ -481,25 +588,20 @@ static void result_json(const struct cut *cut, const struct args *a, double seco
         json_kv_int(out, "group_size",
                     l[i].plan->scheme.group ? l[i].plan->scheme.group : l[i].plan->tensor->shape[1]);
         json_kv_double(out, "weight_error", l[i].error);
-        if (cut_data(cut)) {
-            json_kv_double(out, "output_error", sqrt(fmax(l[i].stats.error, 0)));
-            json_kv_double(out, "nearest_output_error", sqrt(fmax(l[i].stats.nearest_error, 0)));
-            json_kv_double(out, "damping", l[i].stats.damping);
-            json_kv_double(out, "clipped", l[i].stats.clipped);
-            json_kv_int(out, "dead_inputs", l[i].stats.n_dead);
-        }
+        cut_write_stats(recipe, &l[i], out);
         json_end_object(out);
     }
     json_end_array(out);
+    put_blocks(cut, w, out);
     if (cut_data(cut))
         put_times(cut_seconds(cut), out);
 }
 
-static int write_report(const struct cut *cut, const struct args *a, double seconds)
+static int write_report(const struct cut *cut, const struct args *a, const struct watch *w, double seconds)
 {
     struct text t = {0};
     output_json_begin(&t, a->machine.name, NULL);
-    result_json(cut, a, seconds, &t);
+    result_json(cut, a, w, seconds, &t);
     json_end_object(&t);
     text_add(&t, "\n");
     int rc = text_finish(&t);
@@ -529,31 +631,43 @@ static int dry_run(const struct cut *cut, const struct args *a, const struct rec
     return rc;
 }
 
-static int run(struct cut *cut, const struct args *a, const struct recipe *recipe)
+static int report(const struct cut *cut, const struct args *a, const struct watch *w, double seconds)
 {
-    struct watch watch = {.calibrated = recipe->calibrated};
-    const struct cut_events events = {on_stage, on_bytes, on_linear, &watch};
     struct text out = {0};
-    const double start = clock_seconds();
-    int rc = cut_run(cut, &events);
-    const double seconds = clock_seconds() - start;
-    progress_end();
-    if (!rc && a->report)
-        rc = write_report(cut, a, seconds);
+    const int rc = a->report ? write_report(cut, a, w, seconds) : 0;
     if (rc < 0)
         return rc;
     if (output_json()) {
         output_json_begin(&out, a->machine.name, NULL);
-        result_json(cut, a, seconds, &out);
+        result_json(cut, a, w, seconds, &out);
         return output_json_end(&out);
     }
-    describe_result(cut, a, recipe, seconds, &out);
+    describe_result(cut, a, w->recipe, seconds, &out);
     return output_print(&out);
+}
+
+static int run(struct cut *cut, const struct args *a, const struct recipe *recipe)
+{
+    struct watch watch = {.recipe = recipe, .n_blocks = (int)cut_source(cut)->gemma.n_layers};
+    const struct cut_events events = {on_stage, on_bytes, on_linear, on_block, &watch};
+    watch.blocks = mem_alloc((size_t)watch.n_blocks, sizeof *watch.blocks, "blocks");
+    if (!watch.blocks)
+        return ERR_MEMORY;
+    const double start = clock_seconds();
+    int rc = cut_run(cut, &events);
+    const double seconds = clock_seconds() - start;
+    progress_end();
+    if (!rc)
+        rc = report(cut, a, &watch, seconds);
+    for (int i = 0; i < watch.n_blocks; i++)
+        free(watch.blocks[i].losses);
+    free(watch.blocks);
+    return rc;
 }
 
 int cmd_quantize(int argc, char **argv)
 {
-    struct args a = {.method = -1};
+    struct args a = {.method = -1, .refine = -1, .tune = TUNE_ARGS_NONE};
     struct recipe recipe = {0};
     struct cut *cut = NULL;
     int rc = cmd_begin(&spec, argc, argv, &a, &a.output);

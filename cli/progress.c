@@ -114,6 +114,11 @@ static void draw_if_due(void)
         draw(now);
 }
 
+bool progress_terminal(void)
+{
+    return state.terminal && !state.silent;
+}
+
 void progress_setup(bool silent, bool fake_terminal)
 {
     pthread_mutex_lock(&state.lock);

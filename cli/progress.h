@@ -24,6 +24,9 @@ void progress_advance(uint64_t amount, const char *detail);
 /* A milestone, such as a finished block: a line of its own where stderr is no terminal, else the detail. */
 void progress_block(const char *text);
 
+/* Whether there is a terminal to draw on. */
+bool progress_terminal(void);
+
 /* Removes the line from the terminal. Nothing happens when no job runs. */
 void progress_end(void);
 

@@ -89,6 +89,30 @@ struct rounding {
 
 enum { SWEEP_COLUMNS = 128 }; /* that sweep_block and descend_block take at a time, at most */
 
+/* A weight whose rounding is tuned: with t = w / scale + v a code is the nearest to t, clamped (less the zero point where
+ * there is one), and ŵ = bf16(code·scale). A group's scale is bf16(start·high), its zero point fixed; or, without start,
+ * it spans the group's range from least·low to most·high (0 included), as enum scale_rule's SCALE_RANGE has it, with the
+ * zero point that follows. */
+struct tuning {
+    const struct mat *w;          /* [rows, cols]: BF16, F16 or F32 */
+    const struct mat *v;          /* F32 [rows, cols], in steps */
+    const struct mat *start;      /* BF16 [rows, groups] or NULL */
+    const struct mat *low, *high; /* F32 [rows, groups]; low: without start only */
+    float lowest, highest;        /* bounds of low and high */
+    float distance; /* in steps, < ½: of the start from the centre of a code that is not the nearest */
+    bool ends_clip; /* weights at the lowest and highest code count as clipped: PyTorch's clamp since 2.14 */
+    const struct qmat *q;       /* scales and zero points of the iterate; packed is not used */
+    const struct mat *restored; /* BF16 or F32 [rows, cols]: ŵ of the iterate */
+    /* The best iterate so far: */
+    const struct mat *codes; /* I8 [rows, cols], q − zero */
+    const struct qmat *kept; /* its scales and zero points */
+};
+
+/* Sizes of a step of tuning. */
+struct tune_rates {
+    float v, range;
+};
+
 /* Memory on the device; owned by who acquired it. */
 struct buf {
     void *ptr;
@@ -130,6 +154,11 @@ struct attention_spec {
     int64_t window; /* keys a query sees, itself included; 0 = all */
 };
 
+/* What attention read and gave, for its backward pass; as struct core_ops has them. */
+struct attention_tape {
+    struct mat q, keys, values, out, lse;
+};
+
 /* What the distributions of two models say about one token. */
 struct row_comparison {
     float nll_a, nll_b; /* −log p of the target, nats */
@@ -168,6 +197,8 @@ struct core_ops {
     int (*download)(const struct backend *b, void *to, const void *from, size_t bytes);
     int (*stage_in)(const struct backend *b, const struct staged_buf *s, size_t offset, size_t bytes);
     int (*stage_out)(const struct backend *b, const struct staged_buf *s, size_t offset, size_t bytes);
+    /* From one place on the device to another. */
+    int (*copy)(const struct backend *b, void *to, const void *from, size_t bytes);
     /* Waits for everything enqueued. */
     int (*wait)(const struct backend *b);
 
@@ -212,9 +243,11 @@ struct core_ops {
      * says and keys and values into the cache [sequences·max_positions, n_kv_heads·head_dim]. All act. */
     int (*split_qkv)(const struct backend *b, const struct qkv_spec *spec, const struct mat *qkv,
                      const struct mat *q, const struct mat *keys, const struct mat *values);
-    /* out [tokens, n_heads·head_dim]; keys, values: the cache. All act. */
+    /* out [tokens, n_heads·head_dim]; keys, values: the cache. All act. lse F32 [tokens, n_heads] or NULL: of every query
+     * the logarithm of its softmax's sum, ln Σ exp(scale·score). */
     int (*attention)(const struct backend *b, const struct attention_spec *spec, const struct mat *q,
-                     const struct mat *keys, const struct mat *values, const struct mat *out);
+                     const struct mat *keys, const struct mat *values, const struct mat *out,
+                     const struct mat *lse);
     /* out = gelu_tanh(gate) ⊙ up; out may be gate. All act. */
     int (*geglu)(const struct backend *b, const struct mat *gate, const struct mat *up,
                  const struct mat *out);
@@ -296,10 +329,54 @@ struct quant_ops {
     int (*pack_codes)(const struct backend *b, const struct mat *codes, const struct qmat *q);
 };
 
+/* Gradients of the forward pass, each of a loss by what the operation reads, given that by its result (dy, dout), and
+ * what tunes a block's rounding by them. Gradients have the backend's activation dtype where nothing is said. */
+struct train_ops {
+    /* out [n, cols] = (add ? out : 0) + dy [n, rows]·w. w [rows, cols]: as gemm takes it */
+    int (*gemm_dgrad)(const struct backend *b, const struct mat *dy, const struct mat *w, bool add,
+                      const struct mat *out);
+    /* dw F32 [rows, cols] = (add ? dw : 0) + dyᵀ·x. dy [n, rows], x [n, cols]: act */
+    int (*gemm_wgrad)(const struct backend *b, const struct mat *dy, const struct mat *x, bool add,
+                      const struct mat *dw);
+    /* out = (add ? add : 0) + the gradient by x of RMSNorm(x) with weight w. x, dy, out: F32 or act; add: F32 or NULL.
+     * out may be dy or add. */
+    int (*rms_norm_backward)(const struct backend *b, const struct mat *x, const struct mat *w,
+                             const struct norm_spec *spec, const struct mat *dy, const struct mat *add,
+                             const struct mat *out);
+    /* dgate and dup may be gate and up. All act. */
+    int (*geglu_backward)(const struct backend *b, const struct mat *gate, const struct mat *up,
+                          const struct mat *dy, const struct mat *dgate, const struct mat *dup);
+    /* dq, dkeys, dvalues as split_qkv's results lie; qkv: what it read. dqkv may be qkv. All act. */
+    int (*split_qkv_backward)(const struct backend *b, const struct qkv_spec *spec, const struct mat *qkv,
+                              const struct mat *dq, const struct mat *dkeys, const struct mat *dvalues,
+                              const struct mat *dqkv);
+    /* Of whole sequences (first_position 0): q, keys, values, out, lse as the forward pass had them. dkeys and dvalues lie
+     * as the cache does; every row of the sequences' tokens is written. All act, lse F32. */
+    int (*attention_backward)(const struct backend *b, const struct attention_spec *spec,
+                              const struct attention_tape *tape, const struct mat *dout, const struct mat *dq,
+                              const struct mat *dkeys, const struct mat *dvalues);
+    /* *sum (device) += Σ (y − target)², in a fixed order; dy = factor·(y − target). y, target, dy: F32; dy may be y, or
+     * NULL. */
+    int (*error_backward)(const struct backend *b, const struct mat *y, const struct mat *target,
+                          float factor, double *sum, const struct mat *dy);
+    /* *improved = *loss < *best, and then *best = *loss. All on the device. */
+    int (*keep_best)(const struct backend *b, const double *loss, double *best, int32_t *improved);
+    /* The start of a tuning: low and high 1; v = 0, or with codes (I8 [rows, cols], q − zero, under t->start) where a code
+     * is not the nearest to w / start, what brings t to t->distance from it, on w's side. */
+    int (*tune_begin)(const struct backend *b, const struct tuning *t, const struct mat *codes);
+    /* First, where keep (device) is given and not 0, the iterate becomes the best one. Then, with a gradient by ŵ, F32
+     * [rows, cols], one step of SignSGD: v −= rates->v·sign, low and high −= rates->range·sign, each by its own gradient
+     * (straight through roundings; through clamping as far as its bounds, see docs/algorithms.md), low and high
+     * clamped. Last, q and restored of the new iterate. */
+    int (*tune_step)(const struct backend *b, const struct tuning *t, const struct mat *gradient,
+                     const struct tune_rates *rates, const int32_t *keep);
+};
+
 struct backend {
     const char *name; /* "cpu" or "cuda" */
     const struct core_ops *core;
     const struct quant_ops *quant;
+    const struct train_ops *train;
     enum dtype activation;
     bool host_memory; /* the device works on memory of the host */
     int ordinal;      /* of several devices of a kind */

@@ -22,7 +22,11 @@ struct capture {
     int32_t skip_id;
     struct work_clock *clock;
     struct buf memory;
-    struct states x, attention, inner;                        /* [all tokens, …] */
+    struct states
+        streams[N_STREAMS]; /* residual, at the block's beginning; [all tokens, …], as the next ones */
+    struct states
+        middle; /* residual, with attention's branch; where nothing is tuned, the first stream itself */
+    struct states attention, inner;
     struct mat normed, branch, qkv, q, gate_up, keys, values; /* [tokens of a batch, …] */
     struct mat rope[2];                                       /* [length, head_dim] */
 };
@@ -71,7 +75,13 @@ static uint64_t lay_out(struct capture *c, const struct gemma_config *g, enum dt
     uint64_t at = 0;
     struct mat shapes[3];
     state_shapes(shapes, g, act, samples * length);
-    lay_out_states(&c->x, base, &at, on_host, &shapes[0], rows);
+    lay_out_states(&c->streams[CAPTURE_INPUTS], base, &at, on_host, &shapes[0], rows);
+    if (c->plan.tuned) {
+        lay_out_states(&c->streams[CAPTURE_REFERENCE], base, &at, on_host, &shapes[0], rows);
+        lay_out_states(&c->middle, base, &at, on_host, &shapes[0], rows);
+    } else {
+        c->middle = c->streams[CAPTURE_INPUTS];
+    }
     lay_out_states(&c->attention, base, &at, on_host, &shapes[1], rows);
     if (c->plan.keep_inner)
         lay_out_states(&c->inner, base, &at, false, &shapes[2], rows);
@@ -88,8 +98,9 @@ static uint64_t lay_out(struct capture *c, const struct gemma_config *g, enum dt
 }
 
 void capture_plan(struct capture_plan *out, const struct gemma_config *c, const struct backend *b,
-                  int64_t samples, int64_t length, uint64_t available)
+                  const struct dataset *data, bool tuned, uint64_t available)
 {
+    const int64_t samples = data->samples, length = data->length;
     struct capture trial = {0};
     struct mat shapes[3];
     state_shapes(shapes, c, b->activation, samples * length);
@@ -97,11 +108,11 @@ void capture_plan(struct capture_plan *out, const struct gemma_config *c, const 
     batch = batch < 1 ? 1 : batch > samples ? samples : batch;
     /* from what is fastest to what is smallest */
     for (int kind = 0; kind < 3; kind++) {
-        trial.plan =
-            (struct capture_plan){.batch = batch, .keep_inner = kind == 0, .states_on_host = kind == 2};
+        trial.plan = (struct capture_plan){
+            .batch = batch, .keep_inner = kind == 0, .states_on_host = kind == 2, .tuned = tuned};
         trial.plan.device_bytes = lay_out(&trial, c, b->activation, samples, length);
         if (trial.plan.states_on_host)
-            trial.plan.host_bytes = state_bytes(&shapes[0]) + state_bytes(&shapes[1]);
+            trial.plan.host_bytes = (tuned ? 3 : 1) * state_bytes(&shapes[0]) + state_bytes(&shapes[1]);
         if (trial.plan.device_bytes <= available || (kind == 1 && b->host_memory))
             break;
     }
@@ -114,14 +125,15 @@ static int take_memory(struct capture *c)
     const struct gemma_config *g = &c->w->config;
     struct mat shapes[3];
     state_shapes(shapes, g, b->activation, c->data->samples * c->data->length);
+    struct states *const streams[] = {&c->streams[CAPTURE_INPUTS], &c->streams[CAPTURE_REFERENCE],
+                                      &c->middle};
     int rc = 0;
-    if (c->plan.states_on_host) {
+    for (int i = 0; !rc && c->plan.states_on_host && i < (c->plan.tuned ? 3 : 1); i++)
         rc = b->core->acquire_host(b, state_bytes(&shapes[0]), "the residual stream of all samples",
-                                   &c->x.host);
-        if (!rc)
-            rc = b->core->acquire_host(b, state_bytes(&shapes[1]), "attention of all samples",
-                                       &c->attention.host);
-    }
+                                   &streams[i]->host);
+    if (!rc && c->plan.states_on_host)
+        rc =
+            b->core->acquire_host(b, state_bytes(&shapes[1]), "attention of all samples", &c->attention.host);
     if (!rc)
         rc = b->core->acquire(b, c->plan.device_bytes, "activations of the calibration", &c->memory);
     if (!rc)
@@ -160,12 +172,14 @@ static int states_fetch(const struct capture *c, const struct states *s, const s
     return c->w->backend->core->upload(c->w->backend, s->batch.data, from.data, (size_t)state_bytes(&from));
 }
 
-static int states_keep(const struct capture *c, const struct states *s, const struct batch *t)
+/* from: on the device; the state itself, where that is there too */
+static int states_keep(const struct capture *c, const struct states *s, const struct mat *from,
+                       const struct batch *t)
 {
     if (!on_host(s))
         return 0;
     const struct mat to = mat_rows(&s->all, t->first_row, t->rows);
-    return c->w->backend->core->download(c->w->backend, to.data, s->batch.data, (size_t)state_bytes(&to));
+    return c->w->backend->core->download(c->w->backend, to.data, from->data, (size_t)state_bytes(&to));
 }
 
 /* --- the steps of a block, for one batch ------------------------------------------------------------------------ */
@@ -173,8 +187,10 @@ static int states_keep(const struct capture *c, const struct states *s, const st
 /* What one step works on, and the inputs that it ends with. */
 struct step {
     struct capture *c;
+    bool alone; /* all steps follow at once: nothing but the residual stream is kept */
     int layer;
     const struct batch *batch;
+    const struct states *residual; /* where x is from, and where the block's result goes */
     struct mat x, attention, normed, branch, inner;
     struct mat spare; /* [tokens, …] for the inputs of o and down, weighed */
     const struct mat *inputs;
@@ -206,7 +222,19 @@ static int to_o(struct step *s)
     if (!rc)
         rc = block_attention(c->w, s->layer, &pass, &s->normed, &s->attention);
     s->inputs = &s->attention;
-    return rc ? rc : states_keep(c, &c->attention, s->batch);
+    return rc || s->alone ? rc : states_keep(c, &c->attention, &s->attention, s->batch);
+}
+
+/* The block's inputs stay as they are for a tuning. */
+static int leave_inputs(struct step *s)
+{
+    struct capture *c = s->c;
+    const struct backend *b = c->w->backend;
+    const struct mat from = s->x;
+    if (!c->plan.tuned || on_host(&c->middle)) /* there, what was fetched is a copy */
+        return 0;
+    s->x = states_rows(&c->middle, s->batch);
+    return b->core->copy(b, s->x.data, from.data, (size_t)state_bytes(&from));
 }
 
 static int to_gate_up(struct step *s)
@@ -215,14 +243,16 @@ static int to_gate_up(struct step *s)
     const struct backend *b = c->w->backend;
     const struct block *k = &c->w->blocks[s->layer];
     const struct norm_spec spec = block_norm(&c->w->config);
-    int rc = states_fetch(c, &c->attention, s->batch);
+    int rc = s->alone ? 0 : states_fetch(c, &c->attention, s->batch);
+    if (!rc && !s->alone)
+        rc = leave_inputs(s);
     if (!rc)
         rc = linear_set_forward(b, &k->o, &s->attention, &s->branch);
     if (!rc)
         rc = b->core->add_norm(b, &s->branch, &k->post_attention_norm, &s->x, &k->pre_mlp_norm, &spec,
                                &s->normed);
     s->inputs = &s->normed;
-    return rc ? rc : states_keep(c, &c->x, s->batch);
+    return rc || s->alone ? rc : states_keep(c, &c->middle, &s->x, s->batch);
 }
 
 static int to_down(struct step *s)
@@ -240,12 +270,12 @@ static int to_end(struct step *s)
     const struct backend *b = c->w->backend;
     const struct block *k = &c->w->blocks[s->layer];
     const struct norm_spec spec = block_norm(&c->w->config);
-    int rc = c->plan.keep_inner ? 0 : to_down(s);
+    int rc = c->plan.keep_inner && !s->alone ? 0 : to_down(s);
     if (!rc)
         rc = linear_set_forward(b, &k->down, &s->inner, &s->branch);
     if (!rc) /* the next block's norm waits for its weight */
         rc = b->core->add_norm(b, &s->branch, &k->post_mlp_norm, &s->x, NULL, &spec, &s->normed);
-    return rc ? rc : states_keep(c, &c->x, s->batch);
+    return rc ? rc : states_keep(c, s->residual, &s->x, s->batch);
 }
 
 /* What o and down give is normed before it is added to the residual stream (Gemma's post-norms), so that an error counts
@@ -291,23 +321,30 @@ static int add_inputs(const struct step *s, const struct mat *h)
     return rc;
 }
 
+static struct step begin_step(struct capture *c, int layer, const struct states *residual,
+                              const struct batch *t)
+{
+    const struct mat gate_up = mat_rows(&c->gate_up, 0, t->rows);
+    return (struct step){.c = c,
+                         .layer = layer,
+                         .batch = t,
+                         .residual = residual,
+                         .x = states_rows(residual, t),
+                         .attention = states_rows(&c->attention, t),
+                         .normed = mat_rows(&c->normed, 0, t->rows),
+                         .branch = mat_rows(&c->branch, 0, t->rows),
+                         .inner = c->plan.keep_inner ? states_rows(&c->inner, t)
+                                                     : mat_cols(&gate_up, 0, c->w->config.intermediate_size)};
+}
+
 static int run_steps(struct capture *c, int layer, int (*to)(struct step *), const struct mat *h,
                      enum gemma_fused set)
 {
-    const int64_t width = c->w->config.intermediate_size;
+    const struct states *residual = set < FUSED_DOWN ? &c->streams[CAPTURE_INPUTS] : &c->middle;
     int rc = 0;
     for (struct batch t = {0}; !rc && next_batch(c, &t);) {
-        const struct mat gate_up = mat_rows(&c->gate_up, 0, t.rows);
-        struct step s = {.c = c,
-                         .layer = layer,
-                         .batch = &t,
-                         .x = states_rows(&c->x, &t),
-                         .attention = states_rows(&c->attention, &t),
-                         .normed = mat_rows(&c->normed, 0, t.rows),
-                         .branch = mat_rows(&c->branch, 0, t.rows),
-                         .inner =
-                             c->plan.keep_inner ? states_rows(&c->inner, &t) : mat_cols(&gate_up, 0, width)};
-        rc = states_fetch(c, &c->x, &t);
+        struct step s = begin_step(c, layer, residual, &t);
+        rc = states_fetch(c, residual, &t);
         if (!rc)
             rc = to(&s);
         if (!rc)
@@ -335,7 +372,44 @@ int capture_inputs(struct capture *c, int layer, enum gemma_fused set, const str
 
 int capture_end(struct capture *c, int layer)
 {
+    CHECK(!c->plan.tuned);
     return run_steps(c, layer, to_end, NULL, N_FUSED);
+}
+
+int capture_block(struct capture *c, int layer, enum capture_stream stream)
+{
+    const struct states *residual = &c->streams[stream];
+    int rc = 0;
+    for (struct batch t = {0}; !rc && next_batch(c, &t);) {
+        struct step s = begin_step(c, layer, residual, &t);
+        s.alone = true;
+        rc = states_fetch(c, residual, &t);
+        if (!rc)
+            rc = to_o(&s);
+        if (!rc)
+            rc = to_gate_up(&s);
+        if (!rc)
+            rc = to_end(&s);
+        if (!rc && err_interrupt_requested())
+            rc = err_interrupted();
+    }
+    return rc ? rc : work_spent(c->clock, c->w->backend, WORK_FORWARD);
+}
+
+int capture_sample(const struct capture *c, enum capture_stream stream, int64_t sample,
+                   const struct mat *spare, struct mat *out)
+{
+    const struct states *s = &c->streams[stream];
+    const struct mat rows = mat_rows(&s->all, sample * c->data->length, c->data->length);
+    *out = on_host(s) ? *spare : rows;
+    return on_host(s) ? c->w->backend->core->upload(c->w->backend, spare->data, rows.data,
+                                                    (size_t)state_bytes(&rows))
+                      : 0;
+}
+
+const struct mat *capture_rope(const struct capture *c, int layer)
+{
+    return &c->rope[c->w->blocks[layer].rope];
 }
 
 /* --- the beginning ---------------------------------------------------------------------------------------------- */
@@ -346,11 +420,13 @@ static int embed_all(struct capture *c)
     const struct backend *b = w->backend;
     int rc = weights_load_part(w, WEIGHTS_OUTER);
     for (struct batch t = {0}; !rc && next_batch(c, &t);) {
-        const struct mat x = states_rows(&c->x, &t);
-        rc = b->core->embed(b, &w->embedding, c->data->ids + t.first_row, sqrtf((float)w->config.hidden_size),
-                            &x);
-        if (!rc)
-            rc = states_keep(c, &c->x, &t);
+        for (int i = 0; !rc && i < (c->plan.tuned ? N_STREAMS : 1); i++) {
+            const struct mat x = states_rows(&c->streams[i], &t);
+            rc = b->core->embed(b, &w->embedding, c->data->ids + t.first_row,
+                                sqrtf((float)w->config.hidden_size), &x);
+            if (!rc)
+                rc = states_keep(c, &c->streams[i], &x, &t);
+        }
     }
     if (!rc)
         rc = b->core->wait(b);
@@ -384,7 +460,10 @@ void capture_close(struct capture *c)
         return;
     const struct backend *b = c->w->backend;
     b->core->release(b, &c->memory);
-    b->core->release_host(b, &c->x.host);
+    for (int i = 0; i < N_STREAMS; i++)
+        b->core->release_host(b, &c->streams[i].host);
+    if (c->plan.tuned)
+        b->core->release_host(b, &c->middle.host);
     b->core->release_host(b, &c->attention.host);
     free(c);
 }

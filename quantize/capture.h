@@ -1,7 +1,10 @@
 /* The calibration's forward pass, one block and within it one set of linears at a time: every linear sees what the
  * quantized ones before it give ("true sequential"), and yet each runs once. Between the steps the state of all tokens
  * is kept: the residual stream in FP32, and the inputs of the o projection and, where there is room, of the down
- * projection; on the device, or in pinned host memory where they do not fit. */
+ * projection; on the device, or in pinned host memory where they do not fit.
+ *
+ * For a tuning the inputs of the block are kept until its end, and beside them runs a second residual stream, the
+ * reference, that no quantized weight has touched. */
 #ifndef GEMCUT_QUANTIZE_CAPTURE_H
 #define GEMCUT_QUANTIZE_CAPTURE_H
 
@@ -16,12 +19,13 @@ struct capture_plan {
     int64_t batch;       /* sequences at a time */
     bool states_on_host; /* residual stream and o's inputs */
     bool keep_inner;     /* the down projection's inputs are kept, not computed twice */
+    bool tuned;          /* with the inputs of the block and the reference stream */
     uint64_t device_bytes, host_bytes;
 };
 
 /* available: bytes of the device that the states and activations may take */
 void capture_plan(struct capture_plan *out, const struct gemma_config *c, const struct backend *b,
-                  int64_t samples, int64_t length, uint64_t available);
+                  const struct dataset *data, bool tuned, uint64_t available);
 
 /* w: opened; the outer part is loaded for the embeddings and given back. skip_id: a token whose rows stay out of the
  * Hessians, e.g. <bos>, or −1. */
@@ -35,5 +39,18 @@ int capture_inputs(struct capture *c, int layer, enum gemma_fused set, const str
 
 /* Brings all tokens to the end of the block. */
 int capture_end(struct capture *c, int layer);
+
+/* For a tuning, in place of capture_end: from a stream's inputs of the block to its end in one go, by the weights as they
+ * are now. The reference first, before any of them is quantized; what capture_inputs has kept is lost. */
+enum capture_stream { CAPTURE_INPUTS, CAPTURE_REFERENCE, N_STREAMS };
+int capture_block(struct capture *c, int layer, enum capture_stream stream);
+
+/* A sample's rows of a stream, F32 [length, hidden]: in place, or where the states are not on the device as a copy in
+ * `spare`. */
+int capture_sample(const struct capture *c, enum capture_stream stream, int64_t sample,
+                   const struct mat *spare, struct mat *out);
+
+/* The rotary table of a layer's positions. */
+const struct mat *capture_rope(const struct capture *c, int layer);
 
 #endif

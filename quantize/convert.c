@@ -255,13 +255,15 @@ static int convert_task(void *ctx, size_t index, int worker)
 /* How the codes were found: compressed-tensors says it, else gemcut's record may. */
 static int find_act_order(const struct convert *c, const struct record *record, bool *act_order)
 {
-    const char *method, *order;
+    const char *method, *order, *init;
     *act_order = c->source.quant.act_order;
     int rc = json_opt_string(record->recipe, "method", "", &method);
     if (!rc)
         rc = json_opt_string(record->recipe, "order_columns", "", &order);
+    if (!rc)
+        rc = json_opt_string(json_member(record->recipe, "tuning"), "init", "", &init);
     if (!rc && c->source.quant.format != QUANT_COMPRESSED_TENSORS)
-        *act_order = !strcmp(method, "gptq") && !strcmp(order, "activation");
+        *act_order = (!strcmp(method, "gptq") || !strcmp(init, "gptq")) && !strcmp(order, "activation");
     return rc;
 }
 

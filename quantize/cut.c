@@ -41,6 +41,7 @@ struct cut {
     int32_t bos;
     double seconds[N_WORK];
     struct pipeline_events events;
+    const struct cut_events *told; /* while a calibrated run is under way */
     struct copying copying;
     struct journal *journal; /* while a calibrated run is under way */
     size_t n_recalled;       /* linears that an earlier run had finished */
@@ -93,7 +94,8 @@ static int open_calibration(struct cut *c)
     if (!c->options.data)
         rc = calib_data_make(&c->own, &c->source, &c->backend, &r->calib, &c->bos);
     return rc ? rc
-              : calibrate_plan(&c->calibration, &c->source, &c->plan, &c->backend, c->data, copying_bytes(c));
+              : calibrate_plan(&c->calibration, &c->source, &c->plan, &c->backend, c->data, &r->tune,
+                               copying_bytes(c));
 }
 
 int cut_open(struct cut **out, const struct cut_options *options)
@@ -236,9 +238,10 @@ int cut_estimate(const struct cut *c, double *seconds)
     const double storage_rate = 2e9;
     const struct cut_totals t = cut_totals(c);
     double each = 0, calibration = 0;
-    const int rc = c->data ? calibrate_estimate(&c->source, &c->plan, &c->backend, c->data,
-                                                c->options.recipe.passes, &calibration)
-                           : measure_kernels(c, &each);
+    const int rc = c->data
+                       ? calibrate_estimate(&c->source, &c->plan, &c->backend, c->data,
+                                            &c->options.recipe.tune, c->options.recipe.passes, &calibration)
+                       : measure_kernels(c, &each);
     if (!rc)
         *seconds = (double)t.n_quantized * each / t.n_workers + calibration +
                    (double)(t.source_bytes + t.output_bytes) / storage_rate;
@@ -260,13 +263,17 @@ static int write_config(const struct cut *c)
     return rc;
 }
 
-/* Relative output errors ‖(W − Ŵ)X‖ / ‖WX‖ over the calibration's inputs. */
-static void write_stats(const struct gptq_stats *s, struct text *t)
+void cut_write_stats(const struct recipe *r, const struct cut_linear *l, struct text *t)
 {
-    json_kv_double(t, "output_error", sqrt(fmax(s->error, 0)));
+    const struct gptq_stats *s = &l->stats;
+    if (!r->calibrated)
+        return;
+    json_kv_double(t, "clipped", s->clipped);
+    if (r->tune.iterations && r->tune.init == TUNE_FROM_NONE)
+        return;
+    json_kv_double(t, r->tune.iterations ? "start_output_error" : "output_error", sqrt(fmax(s->error, 0)));
     json_kv_double(t, "nearest_output_error", sqrt(fmax(s->nearest_error, 0)));
     json_kv_double(t, "damping", s->damping);
-    json_kv_double(t, "clipped", s->clipped);
     json_kv_int(t, "dead_inputs", s->n_dead);
 }
 
@@ -315,13 +322,46 @@ static void write_linears(const struct cut *c, struct text *t)
         json_kv_string(t, "scheme", recipe_scheme_name(plan->scheme));
         json_kv_int(t, "group_size", plan->scheme.group ? plan->scheme.group : plan->tensor->shape[1]);
         json_kv_double(t, "weight_error", linears[i].error);
-        if (c->options.recipe.calibrated)
-            write_stats(&linears[i].stats, t);
+        cut_write_stats(&c->options.recipe, &linears[i], t);
         if (linears[i].n_nonfinite)
             json_kv_int(t, "nonfinite_as_zero", linears[i].n_nonfinite);
         beside_put_hash(t, "source", linears[i].source_hash);
         json_end_object(t);
     }
+    json_end_object(t);
+}
+
+const struct cut_linear *cut_block(const struct cut *c, int layer)
+{
+    size_t n;
+    const struct cut_linear *l = pipeline_linears(c->pipeline, &n);
+    for (size_t i = 0; i < n; i++)
+        if (l[i].plan->tensor->layer == layer)
+            return &l[i];
+    return NULL;
+}
+
+static void write_tuning(const struct cut *c, struct text *t)
+{
+    if (!c->options.recipe.tune.iterations)
+        return;
+    json_put_key(t, "tuning");
+    json_begin_object(t);
+    json_kv_int(t, "micro_batch", c->calibration.micro_batch);
+    json_put_key(t, "blocks");
+    json_begin_array(t);
+    for (int layer = 0; layer < (int)c->source.gemma.n_layers; layer++) {
+        const struct cut_linear *l = cut_block(c, layer);
+        if (!l)
+            continue;
+        json_begin_object(t);
+        json_kv_int(t, "block", layer);
+        json_kv_double(t, "loss_first", l->tuned.first);
+        json_kv_double(t, "loss_last", l->tuned.last);
+        json_kv_int(t, "iteration", l->tuned.kept);
+        json_end_object(t);
+    }
+    json_end_array(t);
     json_end_object(t);
 }
 
@@ -342,6 +382,7 @@ static int write_record(const struct cut *c)
     json_kv_uint(&t, "tensor_bytes", pipeline_source_bytes(c->pipeline));
     json_end_object(&t);
     write_calibration(c, &t);
+    write_tuning(c, &t);
     write_linears(c, &t);
     const int rc = beside_finish_record(&c->place, tensors, n, &t);
     text_free(&t);
@@ -414,15 +455,36 @@ static int deliver(void *ctx, const struct calibrated_linear *l)
     return rc ? rc : journal_add(c->journal, l->plan->tensor->name, &entry);
 }
 
+/* Linears that are tuned together count together. */
+static bool block_is_noted(const struct cut *c, int layer)
+{
+    bool noted = true;
+    for (size_t i = 0; i < c->plan.n; i++) {
+        const struct linear_plan *l = &c->plan.linears[i];
+        if (l->quantized && l->tensor->layer == layer)
+            noted = noted && journal_find(c->journal, l->tensor->name);
+    }
+    return noted;
+}
+
 static int recall(void *ctx, const struct linear_plan *plan, const struct qmat *q)
 {
     struct cut *c = ctx;
     const struct journal_entry *entry = journal_find(c->journal, plan->tensor->name);
+    if (c->options.recipe.tune.iterations && !block_is_noted(c, plan->tensor->layer))
+        return 0;
     int rc = entry ? copying_wait(c) : 0;
     if (!rc && entry)
         rc = pipeline_recall(c->pipeline, plan, q, entry);
     c->n_recalled += rc > 0;
     return rc;
+}
+
+static void on_block(void *ctx, const struct calibrated_block *block)
+{
+    const struct cut *c = ctx;
+    if (c->told->on_block)
+        c->told->on_block(c->told->ctx, block);
 }
 
 /* The journal is of this run if the same things were asked for. */
@@ -449,11 +511,13 @@ static int calibrate(struct cut *c, const struct cut_events *events)
 {
     const struct recipe *r = &c->options.recipe;
     const struct calibrate_options options = {.gptq = recipe_gptq(r),
+                                              .tune = r->tune,
                                               .skip_id = r->calib.skip_bos ? c->bos : -1,
                                               .allow_nonfinite = r->allow_nonfinite,
                                               .reserved = copying_bytes(c)};
     const struct calibrate_events inner = {
-        .on_linear = deliver, .known = c->options.resume ? recall : NULL, .ctx = c};
+        .on_linear = deliver, .known = c->options.resume ? recall : NULL, .on_block = on_block, .ctx = c};
+    c->told = events;
     c->events = (struct pipeline_events){.on_linear = events->on_linear, .ctx = events->ctx};
     if (events->on_stage)
         events->on_stage(events->ctx, CUT_CALIBRATE, cut_totals(c).n_linears);

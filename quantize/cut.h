@@ -35,6 +35,8 @@ struct cut_events {
     void (*on_bytes)(void *ctx, uint64_t bytes);
     /* A linear is done. Its stats are filled where the method is calibrated. */
     void (*on_linear)(void *ctx, const struct cut_linear *linear);
+    /* A block has been tuned; its linears follow. */
+    void (*on_block)(void *ctx, const struct calibrated_block *block);
     void *ctx;
 };
 
@@ -61,6 +63,12 @@ const struct recipe_plan *cut_plan(const struct cut *cut);
 int cut_estimate(const struct cut *cut, double *seconds);
 
 int cut_run(struct cut *cut, const struct cut_events *events);
+
+/* Some linear of that layer, with what its block has in common; NULL where none is quantized. */
+const struct cut_linear *cut_block(const struct cut *cut, int layer);
+
+/* What is known of a quantized linear, as members of a JSON object that is open. */
+void cut_write_stats(const struct recipe *r, const struct cut_linear *l, struct text *out);
 
 /* After cut_run. */
 const struct cut_linear *cut_linears(const struct cut *cut, size_t *n);

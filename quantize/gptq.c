@@ -464,13 +464,15 @@ static struct gptq_stats make_stats(const struct gptq *g, int part, double n_wei
 }
 
 int gptq_quantize(struct gptq *g, const struct mat *w, const struct qmat *q, const struct gptq_parts *parts,
-                  struct gptq_stats *stats)
+                  const struct mat *codes, struct gptq_stats *stats)
 {
     const struct backend *b = g->b;
     const struct gptq_size size = {w->rows, w->cols, q->group};
     struct space s;
     lay_out(g->memory.ptr, &size, &s);
     g->parts = parts;
+    if (codes)
+        s.codes = *codes;
     const struct rounding r = {w, q, &s.codes};
     int rc = choose_scales(g, w, q);
     if (!rc)

@@ -56,8 +56,8 @@ struct gptq_parts {
 };
 
 /* Quantizes a weight [rows, cols] whose inputs the last gptq_prepare saw: fills q's codes, scales and zero points, and
- * stats for each of its parts. */
+ * stats for each of its parts. codes: I8 [rows, cols] or NULL; they are left there as well, q − zero. */
 int gptq_quantize(struct gptq *g, const struct mat *w, const struct qmat *q, const struct gptq_parts *parts,
-                  struct gptq_stats *stats);
+                  const struct mat *codes, struct gptq_stats *stats);
 
 #endif

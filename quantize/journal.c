@@ -86,6 +86,9 @@ int journal_add(struct journal *j, const char *name, const struct journal_entry 
     json_kv_double(&t, "damping", e->stats.damping);
     json_kv_double(&t, "clipped", e->stats.clipped);
     json_kv_int(&t, "dead", e->stats.n_dead);
+    json_kv_double(&t, "loss_first", e->tuned.first);
+    json_kv_double(&t, "loss_last", e->tuned.last);
+    json_kv_int(&t, "loss_kept", e->tuned.kept);
     json_kv_int(&t, "nonfinite", e->n_nonfinite);
     json_end_object(&t);
     const int rc = remember(j, name, e);
@@ -117,7 +120,9 @@ static int read_entry(struct journal *j, struct json o)
                    {"error", &s->error},
                    {"weight_error", &s->weight_error},
                    {"damping", &s->damping},
-                   {"clipped", &s->clipped}};
+                   {"clipped", &s->clipped},
+                   {"loss_first", &e.tuned.first},
+                   {"loss_last", &e.tuned.last}};
     int rc = json_get_string(o, "linear", &name);
     if (!rc)
         rc = get_hash(o, "source", &e.source);
@@ -131,6 +136,8 @@ static int read_entry(struct journal *j, struct json o)
         rc = json_get_double(o, numbers[i].key, numbers[i].to);
     if (!rc)
         rc = json_get_int(o, "dead", 0, max_count, &s->n_dead);
+    if (!rc)
+        rc = json_get_int(o, "loss_kept", 0, max_count, &e.tuned.kept);
     if (!rc)
         rc = json_get_int(o, "nonfinite", 0, max_count, &e.n_nonfinite);
     return rc ? rc : remember(j, name, &e);

@@ -7,6 +7,7 @@
 
 #include "base/hash.h"
 #include "quantize/gptq.h"
+#include "quantize/tuning.h"
 
 #include <stdbool.h>
 
@@ -23,6 +24,7 @@ struct journal_entry {
     struct hash128 source;                /* of the weight */
     struct hash128 packed, scales, zeros; /* of what was written; zeros: where there are zero points */
     struct gptq_stats stats;
+    struct tune_stats tuned;
     int64_t n_nonfinite;
 };
 

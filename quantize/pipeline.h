@@ -24,6 +24,7 @@ struct cut_linear {
     double error;               /* ‖W − Ŵ‖ / ‖W‖; 0 for an all-zero weight */
     int64_t n_nonfinite;        /* values that were taken as 0 (allow_nonfinite) */
     struct gptq_stats stats;    /* when the recipe is calibrated */
+    struct tune_stats tuned;    /* of its block, when that has been tuned */
 };
 
 struct pipeline;

@@ -45,13 +45,13 @@ static struct item *find_item(struct pipeline *p, const struct linear_plan *line
     return &p->items[i];
 }
 
-static void note_result(struct pipeline *p, const struct item *it, const struct gptq_stats *stats,
-                        int64_t n_nonfinite)
+static void note_result(struct pipeline *p, const struct item *it, const struct journal_entry *entry)
 {
     struct cut_linear *cut = &p->linears[it->cut];
-    cut->error = sqrt(stats->weight_error);
-    cut->stats = *stats;
-    cut->n_nonfinite = n_nonfinite;
+    cut->error = sqrt(entry->stats.weight_error);
+    cut->stats = entry->stats;
+    cut->tuned = entry->tuned;
+    cut->n_nonfinite = entry->n_nonfinite;
     if (p->events->on_linear)
         p->events->on_linear(p->events->ctx, cut);
 }
@@ -65,14 +65,15 @@ int pipeline_deliver(struct pipeline *p, const struct calibrated_linear *l, stru
         rc = pipeline_put_steps(p, it, q->scales.data, q->zeros.data);
     if (rc < 0)
         return rc;
-    note_result(p, it, &l->stats, l->n_nonfinite);
     *entry = (struct journal_entry){.source = p->linears[it->cut].source_hash,
                                     .packed = it->out.written[0].hash,
                                     .scales = it->out.written[1].hash,
                                     .stats = l->stats,
+                                    .tuned = l->tuned,
                                     .n_nonfinite = l->n_nonfinite};
     if (q->zeros.data)
         entry->zeros = it->out.written[3].hash;
+    note_result(p, it, entry);
     return 0;
 }
 
@@ -90,6 +91,6 @@ int pipeline_recall(struct pipeline *p, const struct linear_plan *linear, const 
     rc = pipeline_put_steps(p, it, q->scales.data,
                             q->zeros.data); /* the last tensors may not have been written */
     if (!rc)
-        note_result(p, it, &entry->stats, entry->n_nonfinite);
+        note_result(p, it, entry);
     return rc ? rc : 1;
 }

@@ -84,7 +84,7 @@ const char *recipe_scales_name(enum scale_rule rule)
 struct gptq_options recipe_gptq(const struct recipe *r)
 {
     return (struct gptq_options){
-        .sweep = !strcmp(r->method, "gptq"),
+        .sweep = r->sweep,
         .natural_order = r->natural_order,
         .damping = r->damping,
         .passes = r->passes,
@@ -431,7 +431,7 @@ static int name_block(struct quant_config *q, const struct recipe_plan *plan, co
 
 bool recipe_act_order(const struct recipe *r)
 {
-    return !strcmp(r->method, "gptq") && !r->natural_order;
+    return r->sweep && !r->natural_order;
 }
 
 int recipe_quant_config(struct quant_config *out, const struct recipe_plan *plan, enum quant_format format,
@@ -492,6 +492,21 @@ static void write_scheme(struct text *out, struct quant_scheme s)
         json_put_string(out, "channel");
 }
 
+static void write_tuning(const struct recipe *r, struct text *out)
+{
+    const struct tune_options *t = &r->tune;
+    json_put_key(out, "tuning");
+    json_begin_object(out);
+    json_kv_int(out, "iterations", t->iterations);
+    json_kv_int(out, "batch", t->batch);
+    json_kv_double(out, "lr", t->lr);
+    json_kv_double(out, "scale_lr", t->range_lr);
+    json_kv_string(out, "init", t->init == TUNE_FROM_NONE ? "none" : r->sweep ? "gptq" : "rtn");
+    json_kv_string(out, "keep", t->keep == TUNE_KEEP_BEST ? "best" : "last");
+    json_kv_uint(out, "seed", t->seed);
+    json_end_object(out);
+}
+
 void recipe_write(const struct recipe *r, struct text *out)
 {
     json_begin_object(out);
@@ -518,5 +533,7 @@ void recipe_write(const struct recipe *r, struct text *out)
         json_kv_double(out, "damping", r->damping);
         json_kv_int(out, "refine", r->passes);
     }
+    if (r->tune.iterations)
+        write_tuning(r, out);
     json_end_object(out);
 }

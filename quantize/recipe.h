@@ -8,6 +8,7 @@
 #include "kernels/backend.h"
 #include "quantize/calib_data.h"
 #include "quantize/gptq.h"
+#include "quantize/tuning.h"
 #include "runtime/gemma.h"
 
 #include <stdbool.h>
@@ -23,7 +24,7 @@ struct recipe_override {
 };
 
 struct recipe {
-    const char *method; /* "rtn", "gptq" */
+    const char *method; /* "rtn", "gptq", "autoround" */
     enum quant_format format;
     struct quant_scheme scheme;
     struct scale_spec scales;
@@ -32,6 +33,8 @@ struct recipe {
     bool natural_order;
     double damping;
     int passes;
+    bool sweep;               /* GPTQ's codes, as the result or as a tuning's start; else the nearest */
+    struct tune_options tune; /* iterations = 0 where nothing is tuned */
     enum ragged_rule ragged;
     const char *const *ignore; /* globs on tensor names or on names without ".weight" */
     size_t n_ignore;

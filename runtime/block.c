@@ -17,7 +17,9 @@ int block_attention(const struct weights *w, int layer, const struct block_pass 
     int rc = linear_set_forward(b, &k->qkv, normed, &pass->qkv);
     if (!rc)
         rc = b->core->split_qkv(b, &split, &pass->qkv, &pass->q, &pass->keys, &pass->values);
-    return rc ? rc : b->core->attention(b, &attend, &pass->q, &pass->keys, &pass->values, out);
+    return rc ? rc
+              : b->core->attention(b, &attend, &pass->q, &pass->keys, &pass->values, out,
+                                   pass->lse.data ? &pass->lse : NULL);
 }
 
 int block_mlp(const struct weights *w, int layer, const struct mat *normed, const struct mat *gate_up,

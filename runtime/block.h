@@ -10,6 +10,7 @@ struct block_pass {
     const struct mat *rope;  /* [new tokens of a sequence, head_dim] by the block's frequencies */
     struct mat qkv, q;       /* [tokens, …], overwritten */
     struct mat keys, values; /* the cache, [sequences·max_positions, kv] */
+    struct mat lse; /* F32 [tokens, heads]: attention's, for a backward pass; data NULL: not wanted */
 };
 
 /* How this model's norms are meant. */

@@ -12,13 +12,13 @@ enum { QUERIES = 64 }; /* queries a task takes, fewer where that many rows of sc
 struct attention_job {
     const struct cpu_state *state;
     const struct attention_spec *spec;
-    const struct mat *q, *keys, *values, *out;
+    const struct mat *q, *keys, *values, *out, *lse;
     int64_t n_new; /* tokens of a sequence */
     int64_t run, n_runs;
 };
 
-/* softmax of scale·s[0..n) in place, zero beyond up to `padded`. */
-CPU_CLONES static void softmax_row(float *s, int64_t n, int64_t padded, float scale)
+/* softmax of scale·s[0..n) in place, zero beyond up to `padded`; returns ln Σ exp(scale·s). */
+CPU_CLONES static float softmax_row(float *s, int64_t n, int64_t padded, float scale)
 {
     float highest = s[0];
     for (int64_t i = 1; i < n; i++)
@@ -41,6 +41,7 @@ CPU_CLONES static void softmax_row(float *s, int64_t n, int64_t padded, float sc
         s[k] *= inverse;
     for (int64_t k = n; k < padded; k++)
         s[k] = 0;
+    return shift + logf(total);
 }
 
 static int attention_task(void *ctx, size_t index, int worker)
@@ -67,7 +68,9 @@ static int attention_task(void *ctx, size_t index, int worker)
         const int64_t begin =
             a->window && position - a->window + 1 > from ? position - a->window + 1 - from : 0;
         float *s = scores + r * width;
-        softmax_row(s + begin, position + 1 - from - begin, width - begin, a->scale);
+        const float lse = softmax_row(s + begin, position + 1 - from - begin, width - begin, a->scale);
+        if (j->lse)
+            ((float *)j->lse->data)[(row + r) * j->lse->stride + head] = lse;
         for (int64_t i = 0; i < begin; i++)
             s[i] = 0;
     }
@@ -77,7 +80,8 @@ static int attention_task(void *ctx, size_t index, int worker)
 }
 
 int cpu_attention(const struct backend *b, const struct attention_spec *spec, const struct mat *q,
-                  const struct mat *keys, const struct mat *values, const struct mat *out)
+                  const struct mat *keys, const struct mat *values, const struct mat *out,
+                  const struct mat *lse)
 {
     const struct heads *h = &spec->heads;
     const struct sequences *s = &spec->sequences;
@@ -87,6 +91,7 @@ int cpu_attention(const struct backend *b, const struct attention_spec *spec, co
     CHECK(h->n_heads % h->n_kv_heads == 0 && q->cols == h->n_heads * h->head_dim && q->rows % s->n == 0);
     CHECK(positions <= s->max_positions && keys->rows >= s->n * s->max_positions);
     CHECK(keys->cols == h->n_kv_heads * h->head_dim && spec->scale > 0);
+    CHECK(!lse || (lse->dtype == DTYPE_F32 && lse->rows == q->rows && lse->cols == h->n_heads));
     const int64_t reach = spec->window && spec->window < positions ? spec->window : positions;
     const int64_t fitting = CPU_SCRATCH_BYTES / 4 / (reach + QUERIES);
     if (fitting < 1)
@@ -101,6 +106,7 @@ int cpu_attention(const struct backend *b, const struct attention_spec *spec, co
                               .keys = keys,
                               .values = values,
                               .out = out,
+                              .lse = lse,
                               .n_new = n_new,
                               .run = fitting < QUERIES ? fitting : QUERIES};
     j.n_runs = (n_new + j.run - 1) / j.run;

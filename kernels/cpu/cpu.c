@@ -17,6 +17,7 @@ int cpu_open(struct backend *b, int n_threads)
     *b = (struct backend){.name = "cpu",
                           .core = &cpu_core_ops,
                           .quant = &cpu_quant_ops,
+                          .train = &cpu_train_ops,
                           .activation = DTYPE_F32,
                           .host_memory = true,
                           .batch_tokens = 1,
@@ -138,6 +139,7 @@ const struct core_ops cpu_core_ops = {
     .download = copy,
     .stage_in = stage,
     .stage_out = stage,
+    .copy = copy,
     .wait = wait,
     .find_nonfinite = cpu_find_nonfinite,
     .zero_nonfinite = cpu_zero_nonfinite,
@@ -159,4 +161,17 @@ const struct core_ops cpu_core_ops = {
     .softcap = cpu_softcap,
     .compare_rows = cpu_compare_rows,
     .sample_rows = cpu_sample_rows,
+};
+
+const struct train_ops cpu_train_ops = {
+    .gemm_dgrad = cpu_gemm_dgrad,
+    .gemm_wgrad = cpu_gemm_wgrad,
+    .rms_norm_backward = cpu_rms_norm_backward,
+    .geglu_backward = cpu_geglu_backward,
+    .split_qkv_backward = cpu_split_qkv_backward,
+    .attention_backward = cpu_attention_backward,
+    .error_backward = cpu_error_backward,
+    .keep_best = cpu_keep_best,
+    .tune_begin = cpu_tune_begin,
+    .tune_step = cpu_tune_step,
 };

@@ -16,6 +16,7 @@
 
 extern const struct core_ops cpu_core_ops;
 extern const struct quant_ops cpu_quant_ops;
+extern const struct train_ops cpu_train_ops;
 
 /* The state behind a CPU backend: its threads and a piece of scratch memory for each. */
 enum { CPU_SCRATCH_BYTES = 8 << 20 };
@@ -61,7 +62,8 @@ int cpu_q_gemm(const struct backend *b, const struct mat *x, const struct qmat *
 int cpu_matmul(const struct backend *b, float alpha, const struct mat *x, const struct mat *m, bool add,
                const struct mat *out);
 int cpu_attention(const struct backend *b, const struct attention_spec *spec, const struct mat *q,
-                  const struct mat *keys, const struct mat *values, const struct mat *out);
+                  const struct mat *keys, const struct mat *values, const struct mat *out,
+                  const struct mat *lse);
 int cpu_compare_rows(const struct backend *b, const struct mat *logits_a, const struct mat *logits_b,
                      const int32_t *targets, struct row_comparison *out);
 int cpu_sample_rows(const struct backend *b, const struct mat *logits, float temperature, uint64_t seed,
@@ -89,6 +91,28 @@ int cpu_solve_scales(const struct backend *b, const struct mat *a, const struct 
 int cpu_residual(const struct backend *b, const struct rounding *r, const struct mat *out);
 int cpu_count_clipped(const struct backend *b, const struct rounding *r, int64_t *count);
 int cpu_pack_codes(const struct backend *b, const struct mat *codes, const struct qmat *q);
+
+int cpu_gemm_dgrad(const struct backend *b, const struct mat *dy, const struct mat *w, bool add,
+                   const struct mat *out);
+int cpu_gemm_wgrad(const struct backend *b, const struct mat *dy, const struct mat *x, bool add,
+                   const struct mat *dw);
+int cpu_rms_norm_backward(const struct backend *b, const struct mat *x, const struct mat *w,
+                          const struct norm_spec *spec, const struct mat *dy, const struct mat *add,
+                          const struct mat *out);
+int cpu_geglu_backward(const struct backend *b, const struct mat *gate, const struct mat *up,
+                       const struct mat *dy, const struct mat *dgate, const struct mat *dup);
+int cpu_split_qkv_backward(const struct backend *b, const struct qkv_spec *spec, const struct mat *qkv,
+                           const struct mat *dq, const struct mat *dkeys, const struct mat *dvalues,
+                           const struct mat *dqkv);
+int cpu_attention_backward(const struct backend *b, const struct attention_spec *spec,
+                           const struct attention_tape *tape, const struct mat *dout, const struct mat *dq,
+                           const struct mat *dkeys, const struct mat *dvalues);
+int cpu_error_backward(const struct backend *b, const struct mat *y, const struct mat *target, float factor,
+                       double *sum, const struct mat *dy);
+int cpu_keep_best(const struct backend *b, const double *loss, double *best, int32_t *improved);
+int cpu_tune_begin(const struct backend *b, const struct tuning *t, const struct mat *codes);
+int cpu_tune_step(const struct backend *b, const struct tuning *t, const struct mat *gradient,
+                  const struct tune_rates *rates, const int32_t *keep);
 
 /* Dequantizes rows [row, row + n) of q as floats (BF16 values) into out [n, cols]. */
 void cpu_dequantize_rows(const struct qmat *q, int64_t row, int64_t n, float *out);

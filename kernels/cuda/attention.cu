@@ -32,34 +32,6 @@ template <int D_, int WM_, int WN_, int MT_, int BN_> struct tiling {
     };
 };
 
-/* Tiles in shared memory are row-major, in chunks of 16 bytes whose place within 128 bytes is turned by the row, so
- * that the 8 rows that ldmatrix reads at a time lie in different banks. */
-template <int ROW_BYTES> static __device__ __forceinline__ uint32_t place(int row, int chunk)
-{
-    const int turn = ROW_BYTES >= 128 ? row & 7 : row >> 1 & 3;
-    return (uint32_t)(row * ROW_BYTES + ((chunk ^ turn) << 4));
-}
-
-/* From the place of a row's chunk c to that of c + n, where c and n have no bit in common. */
-static __device__ __forceinline__ uint32_t chunks_on(uint32_t at, int n)
-{
-    return (at ^ (uint32_t)((n & 7) << 4)) + (uint32_t)(n >> 3) * 128;
-}
-
-/* Starts copying rows [0, n_rows) of a head; zeros in the rest of the tile. */
-template <class T, int ROWS>
-static __device__ __forceinline__ void load_tile(uint32_t to, const bf16 *from, int64_t stride, int n_rows,
-                                                 int head_dim)
-{
-    const int chunk = threadIdx.x % (T::D / 8), first = threadIdx.x / (T::D / 8),
-              step = T::THREADS * 8 / T::D;
-    const int n = chunk * 8 < head_dim ? n_rows : 0;
-    from += first * stride + chunk * 8;
-#pragma unroll 4
-    for (int i = 0; i < ROWS / step; i++, from += step * stride)
-        copy_async(to + place<T::D * 2>(first + i * step, chunk), from, first + i * step < n);
-}
-
 /* s = Q·Kᵀ; q, k: where this lane's first rows are. */
 template <class T>
 static __device__ __forceinline__ void score_tile(float (&s)[T::MT][T::NT][4], uint32_t q, uint32_t k)
@@ -67,28 +39,7 @@ static __device__ __forceinline__ void score_tile(float (&s)[T::MT][T::NT][4], u
 #pragma unroll
     for (int i = 0; i < T::MT * T::NT * 4; i++)
         s[i / 4 / T::NT][i / 4 % T::NT][i % 4] = 0;
-#pragma unroll
-    for (int step = 0; step < T::D / 16; step++) {
-        uint32_t a[T::MT][4], b[T::NT / 2][4];
-#pragma unroll
-        for (int m = 0; m < T::MT; m++)
-            load_matrices(a[m], chunks_on(q, 2 * step) + m * 16 * T::D * 2);
-#pragma unroll
-        for (int n = 0; n < T::NT / 2; n++)
-            load_matrices(b[n], chunks_on(k, 2 * step) + n * 16 * T::D * 2);
-#pragma unroll
-        for (int n = 0; n < T::NT; n++)
-#pragma unroll
-            for (int m = 0; m < T::MT; m++)
-                multiply_add(s[m][n], a[m], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
-    }
-}
-
-/* Whether any of the queries [position, position + n_queries) sees any of the keys [key, key + n_keys). Along the edges
- * it spares a warp, and the shared memory that all warps wait for, whole products. */
-static __device__ __forceinline__ bool sees(int key, int n_keys, int position, int n_queries, int window)
-{
-    return key < position + n_queries && key + n_keys > position - window + 1;
+    multiply_rows<T::MT, T::NT, T::D>(s, q, k);
 }
 
 /* Hides the keys that a query does not see. key, position: of this lane's first score. */
@@ -232,11 +183,11 @@ template <class T> static __device__ __forceinline__ void rescale_rows(struct ro
 }
 
 /* out: row 0 of this block's queries at this lane's first dimension; n_rows, n_dims: what of it exists from here on.
- * sums [BM, WN]. */
+ * lse: of row 0, or NULL. sums [BM, WN]. */
 template <class T>
-static __device__ __forceinline__ void store_rows(const struct row_state<T> *r, float *sums, int row,
-                                                  int warp_n, bf16 *out, int64_t stride, int n_rows,
-                                                  int n_dims)
+static __device__ __forceinline__ void store_rows(const struct problem &a, const struct row_state<T> *r,
+                                                  float *sums, int row, int warp_n, bf16 *out, float *lse,
+                                                  int n_rows, int n_dims)
 {
 #pragma unroll
     for (int i = 0; i < T::MT * 2; i++) {
@@ -255,10 +206,12 @@ static __device__ __forceinline__ void store_rows(const struct row_state<T> *r, 
         for (int w = 1; w < T::WN; w++)
             total += sums[at * T::WN + w];
         const float inverse = 1 / total;
+        if (lse && at < n_rows && warp_n == 0 && threadIdx.x % 4 == 0)
+            lse[at * a.lse_stride] = (r->reference[i / 2][i % 2] + log2f(total)) / LOG2_E;
 #pragma unroll
         for (int n = 0; n < T::OT; n++)
             if (at < n_rows && n * 8 < n_dims)
-                *(uint32_t *)(out + at * stride + n * 8) =
+                *(uint32_t *)(out + at * a.out_stride + n * 8) =
                     pack(r->o[i / 2][n][i % 2 * 2] * inverse, r->o[i / 2][n][i % 2 * 2 + 1] * inverse);
     }
 }
@@ -267,6 +220,7 @@ static __device__ __forceinline__ void store_rows(const struct row_state<T> *r, 
 struct block_work {
     const bf16 *q, *keys, *values; /* of its first query, and of key `begin` */
     bf16 *out;
+    float *lse;
     int n_rows, first, last; /* queries, and the positions of the first and the last */
     int begin, end;          /* keys that any of them sees */
 };
@@ -286,6 +240,7 @@ static __device__ __forceinline__ struct block_work find_work(const struct probl
     const int64_t slot = sequence * a.max_positions + w.begin, row = sequence * a.n_new + token;
     w.q = a.q + row * a.q_stride + head * a.head_dim;
     w.out = a.out + row * a.out_stride + head * a.head_dim;
+    w.lse = a.lse ? a.lse + row * a.lse_stride + head : NULL;
     w.keys = a.keys + slot * a.keys_stride + kv_head * a.head_dim;
     w.values = a.values + slot * a.values_stride + kv_head * a.head_dim;
     return w;
@@ -315,15 +270,15 @@ static __global__ void __launch_bounds__(T::THREADS, 1) prefill_kernel(const str
     const uint32_t p_to = sp + place<T::BN * 2>(row, warp_n * T::NT) + lane % 4 * 4;
     row_state<T> r = {};
     start_rows<T>(&r);
-    load_tile<T, T::BM>(sq, w.q, a.q_stride, w.n_rows, a.head_dim);
-    load_tile<T, T::BN>(sk, w.keys, a.keys_stride, w.end - w.begin, a.head_dim);
+    load_tile<T::THREADS, T::BM, T::D>(sq, w.q, a.q_stride, w.n_rows, a.head_dim);
+    load_tile<T::THREADS, T::BN, T::D>(sk, w.keys, a.keys_stride, w.end - w.begin, a.head_dim);
     wait_for_copies();
     __syncthreads();
     for (int j = 0; j < n_tiles; j++) {
         const int key = w.begin + j * T::BN;
         if (j > 0)
-            load_tile<T, T::BN>(sv, w.values + (int64_t)(j - 1) * T::BN * a.values_stride, a.values_stride,
-                                w.end - key + T::BN, a.head_dim);
+            load_tile<T::THREADS, T::BN, T::D>(sv, w.values + (int64_t)(j - 1) * T::BN * a.values_stride,
+                                               a.values_stride, w.end - key + T::BN, a.head_dim);
         float s[T::MT][T::NT][4]; /* where it stays unset, hide_keys hides all of it */
         if (sees(key + warp_n * T::NT * 8, T::NT * 8, warp_first, T::MT * 16, a.window))
             score_tile<T>(s, q_at, k_at);
@@ -334,11 +289,11 @@ static __global__ void __launch_bounds__(T::THREADS, 1) prefill_kernel(const str
         __syncthreads();
         /* the keys' place is free: for the next keys, at the end for the last values */
         if (j + 1 < n_tiles)
-            load_tile<T, T::BN>(sk, w.keys + (int64_t)(j + 1) * T::BN * a.keys_stride, a.keys_stride,
-                                w.end - key - T::BN, a.head_dim);
+            load_tile<T::THREADS, T::BN, T::D>(sk, w.keys + (int64_t)(j + 1) * T::BN * a.keys_stride,
+                                               a.keys_stride, w.end - key - T::BN, a.head_dim);
         else
-            load_tile<T, T::BN>(sk, w.values + (int64_t)j * T::BN * a.values_stride, a.values_stride,
-                                w.end - key, a.head_dim);
+            load_tile<T::THREADS, T::BN, T::D>(sk, w.values + (int64_t)j * T::BN * a.values_stride,
+                                               a.values_stride, w.end - key, a.head_dim);
         follow_rows<T>(&r, highest, row, a.scale);
         const bool saw = j > 0 && sees(key - T::BN, T::BN, warp_first, T::MT * 16, a.window);
         soften_tile<T>(&r, s, a.scale, p_to + j % 2 * T::P_BYTES, saw, p_at + (j + 1) % 2 * T::P_BYTES, v_at);
@@ -350,7 +305,7 @@ static __global__ void __launch_bounds__(T::THREADS, 1) prefill_kernel(const str
     for (int step = 0; step < T::BN / 16; step++)
         add_values<T>(&r, step, p_at + (n_tiles - 1) % 2 * T::P_BYTES, v_at - T::KV_BYTES);
     const int dim = warp_n * T::OT * 8 + lane % 4 * 2;
-    store_rows<T>(&r, highest, row, warp_n, w.out + dim, a.out_stride, w.n_rows, a.head_dim - dim);
+    store_rows<T>(a, &r, highest, row, warp_n, w.out + dim, w.lse, w.n_rows, a.head_dim - dim);
 }
 
 template <class T>
@@ -389,17 +344,17 @@ static const struct {
 #undef PREFILL
 };
 
-static int check_alignment(const struct mat *m, const char *what)
+static int check_alignment(const char *op, const struct mat *m, const char *what)
 {
     if ((uintptr_t)m->data % 16 == 0 && m->stride % 8 == 0 && m->stride >= m->cols)
         return 0;
     return err_set(ERR_UNSUPPORTED,
-                   "attention: %s at %p with %lld elements from row to row, expected multiples of 16 bytes",
+                   "%s: %s at %p with %lld elements from row to row, expected multiples of 16 bytes", op,
                    what, m->data, (long long)m->stride);
 }
 
-static int check_operands(const struct attention_spec *spec, const struct mat *q, const struct mat *keys,
-                          const struct mat *values, const struct mat *out)
+extern "C" int attention_check(const char *op, const struct attention_spec *spec, const struct mat *q,
+                               const struct mat *keys, const struct mat *values, const struct mat *out)
 {
     const struct heads *h = &spec->heads;
     const struct sequences *s = &spec->sequences;
@@ -414,20 +369,22 @@ static int check_operands(const struct attention_spec *spec, const struct mat *q
     CHECK(keys->rows >= s->n * s->max_positions && values->rows >= s->n * s->max_positions);
     CHECK(spec->scale > 0 && spec->window >= 0);
     if (h->head_dim < 8 || h->head_dim > 512 || h->head_dim % 8)
-        return err_set(ERR_UNSUPPORTED, "attention: heads of %d, expected a multiple of 8 up to 512",
+        return err_set(ERR_UNSUPPORTED, "%s: heads of %d, expected a multiple of 8 up to 512", op,
                        h->head_dim);
-    int rc = check_alignment(q, "queries");
-    rc = rc < 0 ? rc : check_alignment(keys, "keys");
-    rc = rc < 0 ? rc : check_alignment(values, "values");
-    return rc < 0 ? rc : check_alignment(out, "result");
+    int rc = check_alignment(op, q, "queries");
+    rc = rc < 0 ? rc : check_alignment(op, keys, "keys");
+    rc = rc < 0 ? rc : check_alignment(op, values, "values");
+    return rc < 0 ? rc : check_alignment(op, out, "result");
 }
 
 extern "C" int cuda_attention(const struct backend *b, const struct attention_spec *spec, const struct mat *q,
-                              const struct mat *keys, const struct mat *values, const struct mat *out)
+                              const struct mat *keys, const struct mat *values, const struct mat *out,
+                              const struct mat *lse)
 {
     const struct heads *h = &spec->heads;
     const struct sequences *s = &spec->sequences;
-    int rc = check_operands(spec, q, keys, values, out);
+    CHECK(!lse || (lse->dtype == DTYPE_F32 && lse->rows == q->rows && lse->cols == h->n_heads));
+    int rc = attention_check("attention", spec, q, keys, values, out);
     if (rc < 0 || q->rows == 0)
         return rc;
     problem a = {};
@@ -435,14 +392,15 @@ extern "C" int cuda_attention(const struct backend *b, const struct attention_sp
     a.out = (bf16 *)out->data;
     a.q_stride = q->stride, a.keys_stride = keys->stride, a.values_stride = values->stride,
     a.out_stride = out->stride;
+    a.lse = lse ? (float *)lse->data : NULL, a.lse_stride = lse ? lse->stride : 0;
     a.max_positions = s->max_positions;
     a.n_new = (int)(q->rows / s->n), a.first_position = (int)s->first_position;
     const int positions = a.first_position + a.n_new;
     a.window = spec->window && spec->window < positions ? (int)spec->window : positions;
     a.n_heads = h->n_heads, a.n_kv_heads = h->n_kv_heads, a.head_dim = h->head_dim;
-    a.scale = spec->scale * 1.4426950408889634f;
+    a.scale = spec->scale * LOG2_E;
 
-    if (a.n_new <= FEW_TOKENS)
+    if (a.n_new <= FEW_TOKENS && !a.lse)
         return attention_few(b, &a, s->n);
     int shared_bytes;
     rc = cuda_status(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,

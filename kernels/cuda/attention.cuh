@@ -1,4 +1,5 @@
-/* What attention's two ways share: instructions that C++ has no words for, and the softmax's running reference.
+/* What attention's ways, forward and back, share: instructions that C++ has no words for, tiles in shared memory, and the
+ * softmax's running reference.
  * mma.sync, ldmatrix and cp.async only, so that one source runs from sm_80 to sm_90. */
 #ifndef GEMCUT_KERNELS_CUDA_ATTENTION_CUH
 #define GEMCUT_KERNELS_CUDA_ATTENTION_CUH
@@ -11,11 +12,14 @@ typedef __nv_bfloat16 bf16;
  * two: P and O stay far from overflow, and O is hardly ever rescaled. */
 static const float REFERENCE_LAG = 8;
 
+static const float LOG2_E = 1.4426950408889634f;
+
 /* What the kernels work on; matrices as in backend.h, strides in elements. */
 struct problem {
     const bf16 *q, *keys, *values;
     bf16 *out;
-    int64_t q_stride, keys_stride, values_stride, out_stride, max_positions;
+    float *lse; /* or NULL; few new tokens do without */
+    int64_t q_stride, keys_stride, values_stride, out_stride, lse_stride, max_positions;
     int n_new, first_position;
     int window; /* > 0 */
     int n_heads, n_kv_heads, head_dim;
@@ -24,6 +28,10 @@ struct problem {
 
 /* Few new tokens a sequence (attention_few.cu). */
 extern "C" int attention_few(const struct backend *b, const struct problem *a, int64_t n_sequences);
+
+/* Whether the kernels can take these, and out [tokens, n_heads·head_dim]; op: for the error. */
+extern "C" int attention_check(const char *op, const struct attention_spec *spec, const struct mat *q,
+                               const struct mat *keys, const struct mat *values, const struct mat *out);
 
 /* --- instructions ------------------------------------------------------------------------------------------------- */
 
@@ -42,6 +50,18 @@ static __device__ __forceinline__ void copy_async(uint32_t to, const void *from,
 static __device__ __forceinline__ void wait_for_copies(void)
 {
     asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+/* Copies since the last call become a group, possibly an empty one. */
+static __device__ __forceinline__ void end_copy_group(void)
+{
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+/* Waits for all groups but the last n. */
+template <int N> static __device__ __forceinline__ void wait_for_copy_groups(void)
+{
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
 /* Four 8×8 matrices; lane 8·i + r says where row r of the i-th is, lane 4·r + c gets its columns 2·c and 2·c + 1. */
@@ -98,7 +118,64 @@ static __device__ __forceinline__ uint32_t pack(float low, float high)
     return y;
 }
 
-/* --- both kernels ------------------------------------------------------------------------------------------------- */
+/* --- tiles in shared memory --------------------------------------------------------------------------------------- */
+
+/* Row-major, in chunks of 16 bytes whose place within 128 bytes is turned by the row, so that the 8 rows that ldmatrix
+ * reads at a time lie in different banks. */
+template <int ROW_BYTES> static __device__ __forceinline__ uint32_t place(int row, int chunk)
+{
+    const int turn = ROW_BYTES >= 128 ? row & 7 : row >> 1 & 3;
+    return (uint32_t)(row * ROW_BYTES + ((chunk ^ turn) << 4));
+}
+
+/* From the place of a row's chunk c to that of c + n, where c and n have no bit in common. */
+static __device__ __forceinline__ uint32_t chunks_on(uint32_t at, int n)
+{
+    return (at ^ (uint32_t)((n & 7) << 4)) + (uint32_t)(n >> 3) * 128;
+}
+
+/* Starts copying columns [0, n_cols) of rows [0, n_rows) into a tile [ROWS, COLS]; zeros in the rest of it. */
+template <int THREADS, int ROWS, int COLS>
+static __device__ __forceinline__ void load_tile(uint32_t to, const bf16 *from, int64_t stride, int n_rows,
+                                                 int n_cols)
+{
+    const int chunk = threadIdx.x % (COLS / 8), first = threadIdx.x / (COLS / 8), step = THREADS * 8 / COLS;
+    const int n = chunk * 8 < n_cols ? n_rows : 0;
+    from += first * stride + chunk * 8;
+#pragma unroll 4
+    for (int i = 0; i < ROWS / step; i++, from += step * stride)
+        copy_async(to + place<COLS * 2>(first + i * step, chunk), from, first + i * step < n);
+}
+
+/* c += A·Bᵀ, MT·16 rows of A and NT·8 of B, both in tiles of COLS columns; a, b: where this lane's first rows are. */
+template <int MT, int NT, int COLS>
+static __device__ __forceinline__ void multiply_rows(float (&c)[MT][NT][4], uint32_t a, uint32_t b)
+{
+#pragma unroll
+    for (int step = 0; step < COLS / 16; step++) {
+        uint32_t x[MT][4], y[NT / 2][4];
+#pragma unroll
+        for (int m = 0; m < MT; m++)
+            load_matrices(x[m], chunks_on(a, 2 * step) + m * 16 * COLS * 2);
+#pragma unroll
+        for (int n = 0; n < NT / 2; n++)
+            load_matrices(y[n], chunks_on(b, 2 * step) + n * 16 * COLS * 2);
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int m = 0; m < MT; m++)
+                multiply_add(c[m][n], x[m], y[n / 2][n % 2 * 2], y[n / 2][n % 2 * 2 + 1]);
+    }
+}
+
+/* Whether any of the queries [position, position + n_queries) sees any of the keys [key, key + n_keys). Along the edges
+ * it spares a warp, and the shared memory that all warps wait for, whole products. */
+static __device__ __forceinline__ bool sees(int key, int n_keys, int position, int n_queries, int window)
+{
+    return key < position + n_queries && key + n_keys > position - window + 1;
+}
+
+/* --- softmax ------------------------------------------------------------------------------------------------------ */
 
 /* Where the exponentials of a row without scores have their reference: below any score, yet no infinity, so that
  * differences from it need no care. */

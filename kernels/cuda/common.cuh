@@ -26,7 +26,7 @@ struct cuda_state {
     struct solver *solver;     /* hessian.cu's own: cuSOLVER and its workspace */
 };
 
-/* A panel of a dequantized weight, or the partial results of decode attention. */
+/* A panel of a dequantized weight, the partial results of decode attention, or the weights of attention's gradient. */
 static const size_t CUDA_SCRATCH_BYTES = (size_t)256 << 20;
 
 enum { REDUCE_BLOCKS = 1024 };
@@ -66,7 +66,8 @@ int cuda_rope_table(const struct backend *b, const float *inv_freq, int64_t firs
 int cuda_split_qkv(const struct backend *b, const struct qkv_spec *spec, const struct mat *qkv,
                    const struct mat *q, const struct mat *keys, const struct mat *values);
 int cuda_attention(const struct backend *b, const struct attention_spec *spec, const struct mat *q,
-                   const struct mat *keys, const struct mat *values, const struct mat *out);
+                   const struct mat *keys, const struct mat *values, const struct mat *out,
+                   const struct mat *lse);
 int cuda_geglu(const struct backend *b, const struct mat *gate, const struct mat *up, const struct mat *out);
 int cuda_over_norm(const struct backend *b, const struct mat *x, const struct mat *y, const struct mat *out);
 int cuda_softcap(const struct backend *b, const struct mat *x, float cap);
@@ -104,6 +105,27 @@ int cuda_solve_scales(const struct backend *b, const struct mat *a, const struct
 int cuda_residual(const struct backend *b, const struct rounding *r, const struct mat *out);
 int cuda_count_clipped(const struct backend *b, const struct rounding *r, int64_t *count);
 int cuda_pack_codes(const struct backend *b, const struct mat *codes, const struct qmat *q);
+int cuda_gemm_dgrad(const struct backend *b, const struct mat *dy, const struct mat *w, bool add,
+                    const struct mat *out);
+int cuda_gemm_wgrad(const struct backend *b, const struct mat *dy, const struct mat *x, bool add,
+                    const struct mat *dw);
+int cuda_rms_norm_backward(const struct backend *b, const struct mat *x, const struct mat *w,
+                           const struct norm_spec *spec, const struct mat *dy, const struct mat *add,
+                           const struct mat *out);
+int cuda_geglu_backward(const struct backend *b, const struct mat *gate, const struct mat *up,
+                        const struct mat *dy, const struct mat *dgate, const struct mat *dup);
+int cuda_split_qkv_backward(const struct backend *b, const struct qkv_spec *spec, const struct mat *qkv,
+                            const struct mat *dq, const struct mat *dkeys, const struct mat *dvalues,
+                            const struct mat *dqkv);
+int cuda_attention_backward(const struct backend *b, const struct attention_spec *spec,
+                            const struct attention_tape *tape, const struct mat *dout, const struct mat *dq,
+                            const struct mat *dkeys, const struct mat *dvalues);
+int cuda_error_backward(const struct backend *b, const struct mat *y, const struct mat *target, float factor,
+                        double *sum, const struct mat *dy);
+int cuda_keep_best(const struct backend *b, const double *loss, double *best, int32_t *improved);
+int cuda_tune_begin(const struct backend *b, const struct tuning *t, const struct mat *codes);
+int cuda_tune_step(const struct backend *b, const struct tuning *t, const struct mat *gradient,
+                   const struct tune_rates *rates, const int32_t *keep);
 }
 
 /* After a launch. */

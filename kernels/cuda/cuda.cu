@@ -198,6 +198,12 @@ static int stage_out(const struct backend *b, const struct staged_buf *s, size_t
     return download(b, (char *)s->host + offset, (const char *)s->device + offset, bytes);
 }
 
+static int copy(const struct backend *b, void *to, const void *from, size_t bytes)
+{
+    return cuda_status(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, cuda_state(b)->stream),
+                       "copy on the device");
+}
+
 /* --- the handle --------------------------------------------------------------------------------------------------- */
 
 static struct core_ops make_core_ops(void)
@@ -214,6 +220,7 @@ static struct core_ops make_core_ops(void)
     o.download = download;
     o.stage_in = stage_in;
     o.stage_out = stage_out;
+    o.copy = copy;
     o.wait = wait;
     o.find_nonfinite = cuda_find_nonfinite;
     o.zero_nonfinite = cuda_zero_nonfinite;
@@ -265,6 +272,24 @@ static struct quant_ops make_quant_ops(void)
 
 static const struct quant_ops cuda_quant_ops = make_quant_ops();
 
+static struct train_ops make_train_ops(void)
+{
+    struct train_ops o = {};
+    o.gemm_dgrad = cuda_gemm_dgrad;
+    o.gemm_wgrad = cuda_gemm_wgrad;
+    o.rms_norm_backward = cuda_rms_norm_backward;
+    o.geglu_backward = cuda_geglu_backward;
+    o.split_qkv_backward = cuda_split_qkv_backward;
+    o.attention_backward = cuda_attention_backward;
+    o.error_backward = cuda_error_backward;
+    o.keep_best = cuda_keep_best;
+    o.tune_begin = cuda_tune_begin;
+    o.tune_step = cuda_tune_step;
+    return o;
+}
+
+static const struct train_ops cuda_train_ops = make_train_ops();
+
 extern "C" int cuda_open(struct backend *b, int ordinal)
 {
     char title[DEVICE_TEXT_BYTES];
@@ -279,6 +304,7 @@ extern "C" int cuda_open(struct backend *b, int ordinal)
     b->name = "cuda";
     b->core = &cuda_core_ops;
     b->quant = &cuda_quant_ops;
+    b->train = &cuda_train_ops;
     b->activation = DTYPE_BF16;
     b->ordinal = ordinal;
     b->batch_tokens = 16384; /* products of the 4B shapes reach their full rate from about 8192 on */

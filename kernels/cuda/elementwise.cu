@@ -1,53 +1,11 @@
 /* Operations that touch each element once: embedding, norms, rotary positions, the gated activation. They are limited
  * by memory; each reads its inputs once, several elements an access where rows allow it. */
-#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/elements.cuh"
 
 enum {
-    THREADS = 256,
     MAX_PER_THREAD = 32, /* elements of a row that a thread keeps in registers: rows of up to 8192; … */
     FEW_PER_THREAD = 12, /* … of up to 3072, so that more rows are under way */
-    MAX_HALF = 256,      /* of a head that is turned */
 };
-
-typedef __nv_bfloat16 bf16;
-
-static int check_dtype(const struct mat *m, enum dtype t, const char *op)
-{
-    return m->dtype == t ? 0
-                         : err_set(ERR_UNSUPPORTED, "%s: dtype %s, expected %s", op, dtype_name(m->dtype),
-                                   dtype_name(t));
-}
-
-/* Whether every row begins at a multiple of `bytes` and holds whole pieces of that size. */
-static bool in_pieces(const struct mat *m, size_t bytes)
-{
-    const size_t each = dtype_bytes(m->dtype);
-    return (uintptr_t)m->data % bytes == 0 && (size_t)m->stride * each % bytes == 0 &&
-           (size_t)m->cols * each % bytes == 0;
-}
-
-/* V consecutive elements as floats, and back. */
-template <typename T, int V> static __device__ __forceinline__ void load(const T *p, float *out)
-{
-    struct alignas(V * sizeof(T)) vec {
-        T e[V];
-    };
-    const struct vec v = *(const struct vec *)p;
-#pragma unroll
-    for (int i = 0; i < V; i++)
-        out[i] = to_float(v.e[i]);
-}
-
-template <typename T, int V> static __device__ __forceinline__ void store(T *p, const float *x)
-{
-    struct alignas(V * sizeof(T)) vec {
-        T e[V];
-    } v;
-#pragma unroll
-    for (int i = 0; i < V; i++)
-        v.e[i] = from_float<T>(x[i]);
-    *(struct vec *)p = v;
-}
 
 /* --- embedding ---------------------------------------------------------------------------------------------------- */
 
@@ -87,46 +45,6 @@ extern "C" int cuda_embed(const struct backend *b, const struct mat *table, cons
 }
 
 /* --- RMSNorm ------------------------------------------------------------------------------------------------------ */
-
-struct norm_weight {
-    const void *data; /* NULL: all ones */
-    enum dtype dtype;
-    float offset; /* 1 with unit_offset */
-};
-
-static struct norm_weight norm_weight(const struct mat *w, const struct norm_spec *spec)
-{
-    if (!w)
-        return (struct norm_weight){NULL, DTYPE_F32, 0};
-    return (struct norm_weight){w->data, w->dtype, spec->unit_offset ? 1.0f : 0.0f};
-}
-
-/* V consecutive weights, the offset added; they begin at a whole piece of V elements. */
-template <int V>
-static __device__ __forceinline__ void load_weight(const struct norm_weight &w, int64_t i, float *out)
-{
-    if (!w.data) {
-#pragma unroll
-        for (int k = 0; k < V; k++)
-            out[k] = 1;
-        return;
-    }
-    if (w.dtype == DTYPE_BF16)
-        load<bf16, V>((const bf16 *)w.data + i, out);
-    else if (w.dtype == DTYPE_F16)
-        load<__half, V>((const __half *)w.data + i, out);
-    else
-        load<float, V>((const float *)w.data + i, out);
-#pragma unroll
-    for (int k = 0; k < V; k++)
-        out[k] += w.offset;
-}
-
-/* Whether a weight may be read four or eight elements at a time. */
-static bool weight_in_pieces(const struct mat *w)
-{
-    return !w || (uintptr_t)w->data % 32 == 0;
-}
 
 /* A row stands in the block's registers: element (k·THREADS + thread)·V + i in x[k·V + i], 0 beyond its end. */
 template <int V, int N, typename F> static __device__ __forceinline__ void for_row(int64_t cols, F f)

@@ -1,7 +1,7 @@
 /* out = x·wᵀ in BF16 with FP32 accumulation. Many rows of x: cuBLASLt; weights that are not BF16 become it in scratch
  * memory, a panel of rows at a time. Few rows (decode): the weight, BF16 or in codes, is streamed once by a kernel of
  * ours, because cuBLASLt's algorithms that add in a fixed order reach a quarter of the memory's rate there. Products of
- * FP32 matrices become one BF16 product of their parts. */
+ * FP32 matrices become one BF16 product of their parts. And the products of the backward pass, dy·w and dyᵀ·x. */
 #include "kernels/cuda/lt.cuh"
 
 typedef __nv_bfloat16 bf16;
@@ -384,4 +384,67 @@ extern "C" int cuda_matmul(const struct backend *b, float alpha, const struct ma
         rc = multiply_turn(b, &t, &p, (bf16 *)scratch);
     }
     return rc;
+}
+
+/* --- the backward pass -------------------------------------------------------------------------------------------- */
+
+static int check_bf16(const struct mat *m, const char *op)
+{
+    return m->dtype == DTYPE_BF16
+               ? 0
+               : err_set(ERR_UNSUPPORTED, "%s: activations are %s, expected BF16", op, dtype_name(m->dtype));
+}
+
+/* A weight that is not BF16 becomes it in scratch memory, a panel of columns at a time, so that no sum is cut. */
+static int dgrad_panels(const struct backend *b, const struct lt_product *p)
+{
+    const struct mat *w = &p->y;
+    const int64_t fitting = (int64_t)(OPERAND_BYTES / sizeof(bf16)) / w->rows / 8 * 8;
+    void *scratch;
+    int rc = cuda_scratch(b, &scratch);
+    if (!rc && fitting < 8)
+        rc = err_set(ERR_UNSUPPORTED, "gemm_dgrad: %lld rows are too many", (long long)w->rows);
+    for (int64_t c = 0; !rc && c < w->cols; c += fitting) {
+        const int64_t n = w->cols - c < fitting ? w->cols - c : fitting, padded = ceil_to(n, 8);
+        const struct mat from = mat_cols(w, c, n);
+        narrow_kernel<<<4096, THREADS, 0, cuda_state(b)->stream>>>(from.data, from.dtype, from.stride,
+                                                                   (bf16 *)scratch, padded, w->rows, n);
+        rc = cuda_launched("gemm_dgrad");
+        struct lt_product part = *p;
+        part.y = (struct mat){scratch, DTYPE_BF16, w->rows, n, padded};
+        part.out = mat_cols(&p->out, c, n);
+        if (!rc)
+            rc = lt_multiply(b, &part, "gemm_dgrad");
+    }
+    return rc;
+}
+
+extern "C" int cuda_gemm_dgrad(const struct backend *b, const struct mat *dy, const struct mat *w, bool add,
+                               const struct mat *out)
+{
+    CHECK(dy->cols == w->rows && w->cols == out->cols && dy->rows == out->rows && w->rows > 0);
+    int rc = cuda_check_float(w, "gemm_dgrad");
+    if (!rc)
+        rc = check_bf16(dy, "gemm_dgrad");
+    if (!rc && out->dtype != DTYPE_F32)
+        rc = check_bf16(out, "gemm_dgrad");
+    if (rc < 0 || out->rows == 0 || out->cols == 0)
+        return rc;
+    const struct lt_product p = {*dy, *w, *out, false, false, add, 1};
+    return w->dtype == DTYPE_BF16 ? lt_multiply(b, &p, "gemm_dgrad") : dgrad_panels(b, &p);
+}
+
+extern "C" int cuda_gemm_wgrad(const struct backend *b, const struct mat *dy, const struct mat *x, bool add,
+                               const struct mat *dw)
+{
+    CHECK(dy->rows == x->rows && dw->rows == dy->cols && dw->cols == x->cols && dw->dtype == DTYPE_F32);
+    int rc = check_bf16(dy, "gemm_wgrad");
+    if (!rc)
+        rc = check_bf16(x, "gemm_wgrad");
+    if (rc < 0 || dw->rows == 0 || dw->cols == 0)
+        return rc;
+    if (dy->rows == 0)
+        return add ? 0 : cuda_zero(b, dw);
+    const struct lt_product p = {*dy, *x, *dw, true, false, add, 1};
+    return lt_multiply(b, &p, "gemm_wgrad");
 }

@@ -1,5 +1,6 @@
 """Checkpoints for the command-line tests, with the standard library alone: reading a model folder, changing its
 header, tensors or settings, and writing it again, well-formed or not."""
+import array
 import copy
 import json
 import pathlib
@@ -27,6 +28,19 @@ class Model:
         """Overwrites bytes of a tensor's data."""
         begin = self.header[name]["data_offsets"][0] + offset
         self.data[begin:begin + len(values)] = values
+
+    def converted(self, dtype):
+        """The same model with its BF16 tensors as F32 or, rounded, F16."""
+        data, header = bytearray(), {k: v for k, v in self.header.items() if k == "__metadata__"}
+        for name in self.names():
+            begin, end = self.header[name]["data_offsets"]
+            words = array.array("I", (w << 16 for w in array.array("H", bytes(self.data[begin:end]))))
+            values = array.array("f", words.tobytes())
+            new = values.tobytes() if dtype == "F32" else struct.pack(f"<{len(values)}e", *values)
+            header[name] = self.header[name] | {"dtype": dtype, "data_offsets": [len(data), len(data) + len(new)]}
+            data += new
+        self.header, self.data = header, data
+        return self
 
     def write(self, folder, header=None, raw_header=None, header_bytes=None, data=None, config=None):
         """Writes the folder; each argument replaces what would be written there."""

@@ -422,7 +422,7 @@ static void test_nan_stays_in_heads(void **state)
                               value = where == 2 ? bad : twin_random(ACT, slots, 64, 0, 1),
                               out = twin_make(ACT, n, 64, 0);
             assert_ok(b->core->attention(b, &spec, &query.m[DEVICE], &key.m[DEVICE], &value.m[DEVICE],
-                                         &out.m[DEVICE]));
+                                         &out.m[DEVICE], NULL));
             for (int64_t c = 0; where < 2 && c < 64; c++)
                 assert_true(isnan(seen(&out, 0, c)));
             assert_true(isnan(seen(&out, where ? n - 1 : 0, 33)));

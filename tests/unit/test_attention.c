@@ -188,7 +188,7 @@ struct attention_args {
 static int run_attention(const struct backend *b, const void *args, const struct mat *out)
 {
     const struct attention_args *a = args;
-    return b->core->attention(b, &a->spec, &a->q, &a->keys, &a->values, out);
+    return b->core->attention(b, &a->spec, &a->q, &a->keys, &a->values, out, NULL);
 }
 
 /* q_row: of the activations; key_row: of the cache */

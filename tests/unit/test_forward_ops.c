@@ -471,7 +471,7 @@ static void test_nan_stays(void **state)
     assert_true(isnan(at(&out, 0, 33)) && isfinite(at(&out, 0, 32)));
     const struct mat keys = make_random(DTYPE_F32, 40, 64, 1);
     const struct attention_spec spec = {{1, 1, 64}, {1, 39, 40}, 1, 0};
-    assert_ok(b->core->attention(b, &spec, &a, &keys, &keys, &out));
+    assert_ok(b->core->attention(b, &spec, &a, &keys, &keys, &out, NULL));
     for (int64_t c = 0; c < 64; c++)
         assert_true(isnan(at(&out, 0, c)));
     const struct norm_spec norm = {1e-6f, true};

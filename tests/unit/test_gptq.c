@@ -79,7 +79,7 @@ static int try(const struct backend *b, const struct problem *p, const struct gp
     const struct mat h = copy_of(&p->h); /* which is damped in place */
     int rc = gptq_prepare(g, &h);
     if (!rc)
-        rc = gptq_quantize(g, &p->w, q, &(struct gptq_parts){1, {p->w.rows}}, stats);
+        rc = gptq_quantize(g, &p->w, q, &(struct gptq_parts){1, {p->w.rows}}, NULL, stats);
     gptq_close(g);
     return rc;
 }
@@ -558,7 +558,7 @@ static void test_several_weights(void **state)
             own.rows = p.w.rows;
             const struct qmat q = make_result(&own), alone = make_result(&own);
             struct gptq_stats stats;
-            assert_ok(gptq_quantize(g, &p.w, &q, &(struct gptq_parts){1, {p.w.rows}}, &stats));
+            assert_ok(gptq_quantize(g, &p.w, &q, &(struct gptq_parts){1, {p.w.rows}}, NULL, &stats));
             solve(&p, &o, &alone);
             if (!same_result(&q, &alone))
                 fail_msg("%s: weight %d is another one after those before it", shape_text(s), k);

@@ -284,6 +284,7 @@ static void test_described_plainly(void **state)
     quant_config_free(&q);
     struct recipe gptq = g32;
     gptq.method = "gptq";
+    gptq.sweep = true;
     check_described(&gptq, &q);
     assert_true(q.act_order);
     quant_config_free(&q);

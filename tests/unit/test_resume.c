@@ -34,6 +34,7 @@ static struct cut_options options(const char *out)
 {
     struct cut_options o = cutting_options(cutting_model("small", &small), out);
     o.recipe.method = "gptq";
+    o.recipe.sweep = true;
     o.recipe.scheme = (struct quant_scheme){4, false, 32}; /* with zero points: they are packed */
     o.recipe.scales.rule = SCALE_BLOCK;
     o.recipe.calibrated = true;
@@ -44,11 +45,24 @@ static struct cut_options options(const char *out)
     return o;
 }
 
-static const char *reference(void)
+/* The same with a tuning of each block behind it. */
+static struct cut_options tuned(const char *out)
 {
-    const char *out = support_path("reference");
+    struct cut_options o = options(out);
+    o.recipe.method = "autoround";
+    o.recipe.tune = (struct tune_options){
+        .iterations = 3, .batch = 2, .lr = 0.1, .range_lr = 0.02, .init = TUNE_FROM_CODES};
+    return o;
+}
+
+/* What a run that nothing disturbs gives. */
+static const char *reference(const struct cut_options *like)
+{
+    const char *out = support_path("reference-%s", like->recipe.method);
     if (!file_exists(out)) {
-        const struct cut_options o = options(out);
+        struct cut_options o = *like;
+        o.out = out;
+        o.resume = false;
         assert_ok(cutting_run(&o, &cutting_silent));
     }
     return out;
@@ -71,7 +85,7 @@ static size_t resume(struct cut_options o)
     assert_ok(cut_run(c, &cutting_silent));
     const size_t n = cut_recalled(c);
     cut_close(c);
-    cutting_check_same(o.out, reference());
+    cutting_check_same(o.out, reference(&o));
     assert_false(file_exists(cutting_partial(o.out)));
     return n;
 }
@@ -85,6 +99,19 @@ static void test_killed_anywhere(void **state)
         /* q, k and v are one set: it counts when all of it was noted */
         const size_t recalled = resume(o), noted = (size_t)n - 1;
         assert_true(recalled <= noted && recalled + 2 >= noted);
+    }
+}
+
+/* A tuned block counts when all of it was noted: its linears have been tuned together. */
+static void test_tuning_killed_anywhere(void **state)
+{
+    (void)state;
+    enum { EACH = N_LINEARS / 2 };
+    for (int n = 1; n <= N_LINEARS; n++) {
+        const struct cut_options o = tuned(support_path("tuned-%d", n));
+        kill_after(o, n);
+        const size_t recalled = resume(o), whole_blocks = (size_t)(n - 1) / EACH * EACH;
+        assert_int_equal(recalled, whole_blocks);
     }
 }
 
@@ -104,7 +131,8 @@ static void test_killed_in_other_formats(void **state)
 {
     (void)state;
     for (int f = QUANT_AUTO_ROUND; f < N_QUANT_FORMATS; f++) {
-        struct cut_options whole = options(support_path("whole-%d", f)), o = options(support_path("part-%d", f));
+        struct cut_options whole = options(support_path("whole-%d", f)),
+                           o = options(support_path("part-%d", f));
         whole.recipe.scheme.symmetric = o.recipe.scheme.symmetric = true;
         whole.recipe.format = o.recipe.format = (enum quant_format)f;
         assert_ok(cutting_run(&whole, &cutting_silent));
@@ -197,7 +225,7 @@ static void test_anew(void **state)
     const struct cut_options o = options(support_path("anew"));
     kill_after(o, 5);
     assert_ok(cutting_run(&o, &cutting_silent));
-    cutting_check_same(o.out, reference());
+    cutting_check_same(o.out, reference(&o));
 }
 
 /* With --resume and nothing there, too. */
@@ -235,8 +263,8 @@ static void test_interrupted(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_killed_anywhere),   cmocka_unit_test(test_killed_again),
-        cmocka_unit_test(test_killed_in_other_formats),
+        cmocka_unit_test(test_killed_anywhere),   cmocka_unit_test(test_tuning_killed_anywhere),
+        cmocka_unit_test(test_killed_again),      cmocka_unit_test(test_killed_in_other_formats),
         cmocka_unit_test(test_damaged_codes),     cmocka_unit_test(test_torn_journal),
         cmocka_unit_test(test_other_request),     cmocka_unit_test(test_anew),
         cmocka_unit_test(test_nothing_to_resume), cmocka_unit_test(test_interrupted),

@@ -1,0 +1,175 @@
+/* What a calibrated run will take: memory, and roughly how long. */
+#include "quantize/calibrate_impl.h"
+
+#include "base/clock.h"
+#include "base/err.h"
+#include "base/mem.h"
+#include "kernels/budget.h"
+
+#include <stdlib.h>
+
+size_t calibrate_sizes(const struct recipe_plan *plan, int64_t n_layers, struct gptq_size *out)
+{
+    size_t n = 0;
+    for (int layer = 0; layer < (int)n_layers; layer++)
+        for (int k = 0; k < N_FUSED; k++) {
+            const struct set s = set_find(plan, layer, (enum gemma_fused)k);
+            if (set_quantized(&s))
+                out[n++] = (struct gptq_size){s.rows, s.cols, set_group(&s)};
+        }
+    return n;
+}
+
+/* Of results on their way out, in the host's memory. */
+static uint64_t results_bytes(const struct result_bytes *r)
+{
+    return outbox_bytes(&(struct outbox_size){r->packed, r->scales, r->zeros, sizeof(struct result)});
+}
+
+/* A Hessian, and what works on it; nothing where a tuning begins with the range alone. */
+static uint64_t solver_bytes(const struct gptq_size *sizes, size_t n, const struct tune_options *tune)
+{
+    uint64_t hessian = 0;
+    if (!calibrate_solves(tune))
+        return 0;
+    for (size_t i = 0; i < n; i++) {
+        const uint64_t bytes = (uint64_t)(sizes[i].cols * sizes[i].cols) * sizeof(float);
+        hessian = bytes > hessian ? bytes : hessian;
+    }
+    return hessian + gptq_bytes(sizes, n);
+}
+
+/* What the device needs beside states, activations and a tuning. */
+static int other_bytes(const struct model *m, const struct recipe_plan *plan, const struct backend *b,
+                       const struct tune_options *tune, uint64_t *out)
+{
+    const int64_t n_layers = m->gemma.n_layers;
+    struct gptq_size *sizes = mem_alloc((size_t)n_layers * N_FUSED, sizeof *sizes, "the plan");
+    if (!sizes)
+        return ERR_MEMORY;
+    const size_t n = calibrate_sizes(plan, n_layers, sizes);
+    uint64_t part = 0;
+    for (int layer = 0; layer < (int)n_layers; layer++) {
+        const uint64_t bytes = weights_part_bytes(m, layer);
+        part = bytes > part ? bytes : part;
+    }
+    const struct result_bytes result = sets_largest_result(plan, n_layers);
+    *out = part + solver_bytes(sizes, n, tune) + result_total(&result) + GPTQ_MAX_PARTS * sizeof(int64_t) +
+           b->scratch_bytes + weights_loader_bytes(b);
+    if (b->host_memory)
+        *out += results_bytes(&result);
+    free(sizes);
+    return 0;
+}
+
+static uint64_t without(uint64_t available, uint64_t taken)
+{
+    return available > taken ? available - taken : 0;
+}
+
+/* States and a tuning share what there is: whole batches first, then states on the device. Returns the tuning's
+ * bytes. */
+static uint64_t share_out(struct calibrate_plan *out, const struct model *m, const struct recipe_plan *plan,
+                          const struct backend *b, const struct dataset *data,
+                          const struct tune_options *tune, uint64_t available)
+{
+    const bool tuned = tune->iterations > 0;
+    int64_t micro = tuned ? tune->batch < data->samples ? tune->batch : data->samples : 0;
+    uint64_t bytes = tuned ? tuner_bytes(m, plan, b, data, tune, micro) : 0;
+    capture_plan(&out->capture, &m->gemma, b, data, tuned, without(available, bytes));
+    if (tuned && (out->capture.states_on_host || out->capture.device_bytes + bytes > available)) {
+        const uint64_t least = tuner_bytes(m, plan, b, data, tune, 1);
+        capture_plan(&out->capture, &m->gemma, b, data, true, without(available, least));
+        micro = tuner_micro_batch(m, plan, b, data, tune, without(available, out->capture.device_bytes));
+        bytes = tuner_bytes(m, plan, b, data, tune, micro);
+    }
+    out->micro_batch = micro;
+    return bytes;
+}
+
+int calibrate_plan(struct calibrate_plan *out, const struct model *m, const struct recipe_plan *plan,
+                   const struct backend *b, const struct dataset *data, const struct tune_options *tune,
+                   uint64_t reserved)
+{
+    struct device_memory memory;
+    uint64_t other;
+    int rc = other_bytes(m, plan, b, tune, &other);
+    if (!rc)
+        rc = b->core->memory(b, &memory);
+    if (rc < 0)
+        return rc;
+    const uint64_t limit = budget_limit(),
+                   usable = memory.free - memory.free / 16; /* what drivers and libraries take */
+    const uint64_t allowed = limit && limit < usable ? limit : usable;
+    other += share_out(out, m, plan, b, data, tune, without(allowed, other + reserved));
+    /* the embedding is there only while there is nothing but the states */
+    const uint64_t outer = weights_part_bytes(m, WEIGHTS_OUTER) + weights_loader_bytes(b);
+    out->device_bytes = out->capture.device_bytes + reserved + (other > outer ? other : outer);
+    const struct result_bytes result = sets_largest_result(plan, m->gemma.n_layers);
+    out->host_bytes = out->capture.host_bytes + (b->host_memory ? 0 : results_bytes(&result));
+    if (out->device_bytes <= allowed)
+        return 0;
+    char need[32], has[32];
+    return err_set(ERR_MEMORY, "%s: %s are needed to calibrate with %lld samples of %lld tokens, %s are %s",
+                   b->name, text_bytes(out->device_bytes, need), (long long)data->samples,
+                   (long long)data->length, text_bytes(allowed, has),
+                   limit && limit < usable ? "in the memory budget" : "free");
+}
+
+/* Seconds for a multiplication and an addition in a product of activations. */
+static int measure_product(const struct backend *b, int64_t hidden, double *seconds)
+{
+    enum { ROWS = 1024, TIMES = 3 };
+    const size_t act = dtype_bytes(b->activation), bytes = (size_t)((2 * ROWS + hidden) * hidden) * act;
+    struct buf memory;
+    int rc = b->core->acquire(b, bytes, "a trial product", &memory);
+    if (rc < 0)
+        return rc;
+    char *at = memory.ptr;
+    const struct mat x = {at, b->activation, ROWS, hidden, hidden},
+                     out = {at + (size_t)(ROWS * hidden) * act, b->activation, ROWS, hidden, hidden},
+                     w = {at + (size_t)(2 * ROWS * hidden) * act, b->activation, hidden, hidden, hidden};
+    rc = b->core->zero(b, &(struct mat){at, b->activation, 2 * ROWS + hidden, hidden, hidden});
+    double start = 0;
+    for (int i = 0; !rc && i <= TIMES; i++) { /* the first one warms up */
+        rc = b->core->gemm(b, &x, &w, &out);
+        if (!rc && (i == 0 || i == TIMES))
+            rc = b->core->wait(b);
+        start = i ? start : clock_seconds();
+    }
+    *seconds = (clock_seconds() - start) / (2.0 * TIMES * ROWS * (double)(hidden * hidden));
+    b->core->release(b, &memory);
+    return rc;
+}
+
+/* Multiplications of a pass and, of an iteration, of the passes forward and back. */
+static double tuning_work(const struct tune_options *tune, const struct dataset *data, double weights)
+{
+    const double samples = (double)(tune->batch < data->samples ? tune->batch : data->samples);
+    const double overhead = 1.25; /* attention, norms, steps */
+    return tune->iterations
+               ? weights * (double)data->length *
+                     (2 * (double)data->samples + 3 * overhead * samples * (double)tune->iterations)
+               : 0;
+}
+
+int calibrate_estimate(const struct model *m, const struct recipe_plan *plan, const struct backend *b,
+                       const struct dataset *data, const struct tune_options *tune, int passes,
+                       double *seconds)
+{
+    const double tokens = (double)(data->samples * data->length);
+    double work = 0, each = 0;
+    for (int layer = 0; layer < (int)m->gemma.n_layers; layer++)
+        for (int k = 0; k < N_FUSED; k++) {
+            const struct set s = set_find(plan, layer, (enum gemma_fused)k);
+            const double rows = (double)s.rows, cols = (double)s.cols;
+            work += 2.6 * rows * cols * tokens; /* the pass, and what weighs tokens */
+            work += 2 * tuning_work(tune, data, rows * cols);
+            if (set_quantized(&s) && calibrate_solves(tune)) /* products with H are three of the device's */
+                work +=
+                    1.2 * cols * cols * tokens + cols * cols * cols + 6 * (4 + passes) * rows * cols * cols;
+        }
+    const int rc = measure_product(b, m->gemma.hidden_size, &each);
+    *seconds = work * each;
+    return rc;
+}

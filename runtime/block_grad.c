@@ -1,0 +1,169 @@
+#include "runtime/block_grad.h"
+
+#include "base/err.h"
+#include "kernels/arena.h"
+#include "runtime/block.h"
+
+uint64_t block_tape_place(struct block_tape *t, const struct gemma_config *c, enum dtype act, void *base,
+                          int64_t sequences, int64_t length)
+{
+    const int64_t n = sequences * length, hidden = c->hidden_size, inner = c->intermediate_size,
+                  heads = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
+    uint64_t at = 0;
+    t->sequences = (struct sequences){sequences, 0, length};
+    t->x = arena_take(base, &at, DTYPE_F32, n, hidden);
+    t->middle = arena_take(base, &at, DTYPE_F32, n, hidden);
+    t->out = arena_take(base, &at, DTYPE_F32, n, hidden);
+    t->normed = arena_take(base, &at, act, n, hidden);
+    t->mlp_normed = arena_take(base, &at, act, n, hidden);
+    t->qkv = arena_take(base, &at, act, n, heads + 2 * kv);
+    t->q = arena_take(base, &at, act, n, heads);
+    t->keys = arena_take(base, &at, act, n, kv);
+    t->values = arena_take(base, &at, act, n, kv);
+    t->lse = arena_take(base, &at, DTYPE_F32, n, c->n_heads);
+    t->attention = arena_take(base, &at, act, n, heads);
+    t->o = arena_take(base, &at, act, n, hidden);
+    t->gate_up = arena_take(base, &at, act, n, 2 * inner);
+    t->inner = arena_take(base, &at, act, n, inner);
+    t->down = arena_take(base, &at, act, n, hidden);
+    t->dx = t->out; /* the loss is known by then */
+    t->dbranch = arena_take(base, &at, act, n, hidden);
+    t->dinner = arena_take(base, &at, act, n, inner);
+    t->dattention = arena_take(base, &at, act, n, heads);
+    t->dq = arena_take(base, &at, act, n, heads);
+    t->dkeys = arena_take(base, &at, act, n, kv);
+    t->dvalues = arena_take(base, &at, act, n, kv);
+    return at;
+}
+
+static size_t bytes_of(const struct mat *m)
+{
+    return (size_t)(m->rows * m->cols) * dtype_bytes(m->dtype);
+}
+
+/* --- forward ---------------------------------------------------------------------------------------------------- */
+
+/* to = from + RMSNorm(branch)·weight, normed = RMSNorm(to)·next */
+static int add_branch(const struct weights *w, const struct mat *from, const struct mat *branch,
+                      const struct mat *weight, const struct mat *to, const struct mat *next,
+                      const struct mat *normed)
+{
+    const struct backend *b = w->backend;
+    const struct norm_spec spec = block_norm(&w->config);
+    const int rc = b->core->copy(b, to->data, from->data, bytes_of(from));
+    return rc ? rc : b->core->add_norm(b, branch, weight, to, next, &spec, normed);
+}
+
+int block_grad_forward(const struct weights *w, int layer, struct block_tape *t)
+{
+    const struct backend *b = w->backend;
+    const struct block *k = &w->blocks[layer];
+    const struct norm_spec spec = block_norm(&w->config);
+    const struct block_pass pass = {t->sequences, t->rope, t->qkv, t->q, t->keys, t->values, t->lse};
+    int rc = b->core->rms_norm(b, &t->x, &k->input_norm, &spec, &t->normed);
+    if (!rc)
+        rc = block_attention(w, layer, &pass, &t->normed, &t->attention);
+    if (!rc)
+        rc = linear_set_forward(b, &k->o, &t->attention, &t->o);
+    if (!rc)
+        rc = add_branch(w, &t->x, &t->o, &k->post_attention_norm, &t->middle, &k->pre_mlp_norm,
+                        &t->mlp_normed);
+    if (!rc)
+        rc = block_mlp(w, layer, &t->mlp_normed, &t->gate_up, &t->inner);
+    if (!rc)
+        rc = linear_set_forward(b, &k->down, &t->inner, &t->down);
+    if (!rc) /* the norm that follows belongs to the next block; its result is not kept */
+        rc = add_branch(w, &t->middle, &t->down, &k->post_mlp_norm, &t->out, NULL, &t->dbranch);
+    return rc;
+}
+
+/* --- backward --------------------------------------------------------------------------------------------------- */
+
+/* The linears of a set, as one or one by one. */
+static int n_linears(const struct linear_set *s)
+{
+    return s->fused ? 1 : s->n;
+}
+
+static const struct mat *linear_weight(const struct linear_set *s, int i)
+{
+    const struct linear *l = s->fused ? &s->whole : &s->parts[i];
+    CHECK(!l->quantized);
+    return &l->weight;
+}
+
+/* Through a set of linears: dx (NULL: not wanted) by its input x, dw (data NULL) by its weights. */
+static int set_backward(const struct backend *b, const struct linear_set *s, const struct mat *dy,
+                        const struct mat *x, const struct mat *dx, bool add, const struct mat *dw)
+{
+    int rc = 0;
+    for (int64_t i = 0, row = 0; !rc && i < n_linears(s); i++) {
+        const struct mat *weight = linear_weight(s, (int)i);
+        const struct mat part = mat_cols(dy, row, weight->rows);
+        if (dx)
+            rc = b->train->gemm_dgrad(b, &part, weight, i > 0, dx);
+        if (!rc && dw->data) {
+            const struct mat rows = mat_rows(dw, row, weight->rows);
+            rc = b->train->gemm_wgrad(b, &part, x, add, &rows);
+        }
+        row += weight->rows;
+    }
+    return rc;
+}
+
+static int mlp_backward(const struct weights *w, int layer, struct block_tape *t, bool add,
+                        const struct block_grads *g)
+{
+    const struct backend *b = w->backend;
+    const struct block *k = &w->blocks[layer];
+    const struct norm_spec spec = block_norm(&w->config);
+    const int64_t width = w->config.intermediate_size;
+    const struct mat gate = mat_cols(&t->gate_up, 0, width), up = mat_cols(&t->gate_up, width, width);
+    int rc = b->train->rms_norm_backward(b, &t->down, &k->post_mlp_norm, &spec, &t->dx, NULL, &t->dbranch);
+    if (!rc)
+        rc = set_backward(b, &k->down, &t->dbranch, &t->inner, &t->dinner, add, &g->sets[FUSED_DOWN]);
+    if (!rc)
+        rc = b->train->geglu_backward(b, &gate, &up, &t->dinner, &gate, &up);
+    if (!rc)
+        rc = set_backward(b, &k->gate_up, &t->gate_up, &t->mlp_normed, &t->dbranch, add,
+                          &g->sets[FUSED_GATE_UP]);
+    return rc ? rc
+              : b->train->rms_norm_backward(b, &t->middle, &k->pre_mlp_norm, &spec, &t->dbranch, &t->dx,
+                                            &t->dx);
+}
+
+static int attention_backward(const struct weights *w, int layer, struct block_tape *t, bool add,
+                              const struct block_grads *g)
+{
+    const struct backend *b = w->backend;
+    const struct block *k = &w->blocks[layer];
+    const struct norm_spec spec = block_norm(&w->config);
+    const struct heads heads = {k->n_heads, k->n_kv_heads, k->head_dim};
+    const struct qkv_spec split = {heads, t->sequences, spec, &k->q_norm, &k->k_norm, t->rope};
+    const struct attention_spec attend = {heads, t->sequences, k->score_scale, k->window};
+    const struct attention_tape tape = {t->q, t->keys, t->values, t->attention, t->lse};
+    int rc = b->train->rms_norm_backward(b, &t->o, &k->post_attention_norm, &spec, &t->dx, NULL, &t->dbranch);
+    if (!rc)
+        rc = set_backward(b, &k->o, &t->dbranch, &t->attention, &t->dattention, add, &g->sets[FUSED_O]);
+    if (!rc)
+        rc = b->train->attention_backward(b, &attend, &tape, &t->dattention, &t->dq, &t->dkeys, &t->dvalues);
+    return rc ? rc
+              : b->train->split_qkv_backward(b, &split, &t->qkv, &t->dq, &t->dkeys, &t->dvalues, &t->qkv);
+}
+
+int block_grad_backward(const struct weights *w, int layer, struct block_tape *t, bool add, bool with_input,
+                        const struct block_grads *g)
+{
+    const struct backend *b = w->backend;
+    const struct block *k = &w->blocks[layer];
+    const struct norm_spec spec = block_norm(&w->config);
+    int rc = mlp_backward(w, layer, t, add, g);
+    if (!rc)
+        rc = attention_backward(w, layer, t, add, g);
+    if (!rc)
+        rc = set_backward(b, &k->qkv, &t->qkv, &t->normed, with_input ? &t->dbranch : NULL, add,
+                          &g->sets[FUSED_QKV]);
+    return rc || !with_input
+               ? rc
+               : b->train->rms_norm_backward(b, &t->x, &k->input_norm, &spec, &t->dbranch, &t->dx, &t->dx);
+}
