@@ -59,7 +59,7 @@ extern const char *const quant_format_names[N_QUANT_FORMATS];
 int quant_format_check(enum quant_format format, struct quant_scheme s, const char *name,
                        const int64_t shape[2]);
 
-/* The layout in words, for people: "compressed-tensors pack-quantized", "gptq", "gptq_v2", "auto-round (auto_gptq)", … */
+/* The layout in words, for people: "compressed-tensors pack-quantized", "gptq", "auto-round (auto_gptq)", … */
 const char *quant_config_title(const struct quant_config *cfg);
 
 /* Writes the JSON object that loads in transformers and vLLM alike. compressed-tensors: no per-group "format", no

@@ -1,5 +1,6 @@
-/* Sources: intel/auto-round, export/export_to_autoround and inference/convert_model.py (extra_config); ModelCloud/GPTQModel,
- * quantization/config.py; vllm-project/vllm, layers/quantization/{auto_round,gptq_marlin}.py for what readers make of them. */
+/* Sources: intel/auto-round, export/export_to_autoround and inference/convert_model.py (extra_config);
+ * ModelCloud/GPTQModel, quantization/config.py; vllm-project/vllm, layers/quantization/{auto_round,gptq_marlin}.py for
+ * what readers make of them. */
 #include "formats/quant_gptq.h"
 
 #include "base/err.h"
@@ -14,8 +15,8 @@ static const char autoround_version[] = "0.16.1";
 static const char packing_prefix[] = "auto_round:";
 
 /* vLLM has no kernel for zero points in this packing that computes in BF16, and readers differ in what they take a zero
- * point of 0, stored as 0 − 1, for; AutoRound's own loader reads such a file wrongly. Widths: both readers divide rows and
- * columns by 32. */
+ * point of 0, stored as 0 − 1, for; AutoRound's own tests leave such files out, as not loading correctly. Widths: readers
+ * divide rows and columns by 32. */
 int quant_format_check(enum quant_format format, struct quant_scheme s, const char *name,
                        const int64_t shape[2])
 {
