@@ -297,3 +297,31 @@ int json_opt_string(struct json obj, const char *key, const char *fallback, cons
     *out = fallback;
     return json_exists(v) ? json_as_string(v, out) : 0;
 }
+
+/* --- text ----------------------------------------------------------------------------------------------------- */
+
+const char *json_skip_string(const char *s)
+{
+    for (s++; *s != '"'; s++)
+        if (*s == '\\')
+            s++;
+    return s + 1;
+}
+
+const char *json_skip_value(const char *s)
+{
+    int depth = 0;
+    if (*s == '"')
+        return json_skip_string(s);
+    if (*s != '{' && *s != '[')
+        return s + strcspn(s, ",}] \t\r\n");
+    do {
+        if (*s == '"') {
+            s = json_skip_string(s);
+            continue;
+        }
+        depth += (*s == '{' || *s == '[') - (*s == '}' || *s == ']');
+        s++;
+    } while (depth > 0);
+    return s;
+}

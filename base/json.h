@@ -66,4 +66,9 @@ int json_opt_double(struct json obj, const char *key, double fallback, double *o
 int json_opt_bool(struct json obj, const char *key, bool fallback, bool *out);
 int json_opt_string(struct json obj, const char *key, const char *fallback, const char **out);
 
+/* Just past the string (from its opening quote) or the value that begins at s, in text that has been parsed: for those who
+ * copy text as it stands. */
+const char *json_skip_string(const char *s);
+const char *json_skip_value(const char *s);
+
 #endif

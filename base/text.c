@@ -203,6 +203,12 @@ void json_put_null(struct text *t)
     text_add(t, "null");
 }
 
+void json_put_raw(struct text *t, const char *json, size_t n)
+{
+    separate(t);
+    text_append(t, json, n);
+}
+
 void json_kv_string(struct text *t, const char *key, const char *s)
 {
     json_put_key(t, key);

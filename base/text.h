@@ -41,6 +41,7 @@ void json_put_uint(struct text *t, uint64_t v);
 void json_put_double(struct text *t, double v);
 void json_put_bool(struct text *t, bool v);
 void json_put_null(struct text *t);
+void json_put_raw(struct text *t, const char *json, size_t n); /* a value that is JSON already */
 
 /* key and value at once */
 void json_kv_string(struct text *t, const char *key, const char *s);

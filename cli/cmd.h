@@ -19,6 +19,7 @@ int cmd_begin(const struct opt_spec *spec, int argc, char **argv, void *args,
               const struct output_options *output);
 
 int cmd_quantize(int argc, char **argv);
+int cmd_convert(int argc, char **argv);
 int cmd_inspect(int argc, char **argv);
 int cmd_verify(int argc, char **argv);
 int cmd_eval(int argc, char **argv);

@@ -61,8 +61,8 @@ static struct contents count_contents(const struct model *m)
     }
     for (size_t i = 0; i < m->n_linears; i++) {
         const struct model_linear *l = &m->linears[i];
-        const struct tensor *const parts[] = {l->packed, l->scales, l->zeros, l->shape};
-        for (size_t k = 0; l->quantized && k < 4; k++)
+        const struct tensor *const parts[] = {l->packed, l->scales, l->zeros, l->shape, l->middle, l->g_idx};
+        for (size_t k = 0; l->quantized && k < sizeof parts / sizeof *parts; k++)
             if (parts[k]) {
                 c.quantized_bytes += parts[k]->bytes;
                 c.parameters -= tensor_rows(parts[k]) * tensor_cols(parts[k]);
@@ -119,9 +119,14 @@ static void describe_quantization(const struct model *m, const struct contents *
             text_printf(out, "groups of %lld", (long long)s.group);
         else
             text_add(out, "one scale a row");
-        text_printf(out, ": %zu of %zu linears%s\n", n, m->n_linears,
-                    g + 1 == m->quant.n_groups ? "; compressed-tensors pack-quantized" : "");
+        text_printf(out, ": %zu of %zu linears%s%s\n", n, m->n_linears,
+                    g + 1 == m->quant.n_groups ? "; " : "",
+                    g + 1 == m->quant.n_groups ? quant_config_title(&m->quant) : "");
     }
+    if (model_n_dequantized(m))
+        text_printf(out,
+                    "              scales beyond BF16: %zu linears are computed from dequantized weights\n",
+                    model_n_dequantized(m));
     if (c->quantized)
         text_printf(out, "              %.3f bits a quantized weight\n",
                     8 * (double)c->quantized_bytes / (double)c->quantized);
@@ -134,10 +139,14 @@ static int describe_record(const struct model *m, struct text *out)
     const int rc = record_open(&record, m->folder, &found);
     if (rc < 0)
         return rc;
-    const char *method, *scales;
-    if (found && json_opt_string(record.recipe, "method", "?", &method) == 0 &&
+    const char *method, *scales, *from;
+    if (found && json_exists(json_member(record.recipe, "method")) &&
+        json_opt_string(record.recipe, "method", "?", &method) == 0 &&
         json_opt_string(record.recipe, "scales", "?", &scales) == 0)
         text_printf(out, "made by       gemcut %s: %s, scales %s\n", record.version, method, scales);
+    const struct json converted = found ? json_member(json_root(record.doc), "converted") : (struct json){0};
+    if (json_exists(converted) && json_opt_string(converted, "from", "?", &from) == 0)
+        text_printf(out, "converted     from %s\n", from);
     record_close(&record);
     return 0;
 }
@@ -231,6 +240,7 @@ static void put_linears(const struct model *m, struct text *out)
         json_kv_int(out, "bits", l->scheme.bits);
         json_kv_bool(out, "symmetric", l->scheme.symmetric);
         json_kv_int(out, "group_size", l->scheme.group ? l->scheme.group : l->spec->shape[1]);
+        json_kv_bool(out, "dequantized", !l->direct);
         json_end_object(out);
     }
     json_end_array(out);
@@ -265,6 +275,7 @@ static void describe_json(const struct model *m, struct text *out)
     json_kv_int(out, "quantized_parameters", c.quantized);
     json_kv_uint(out, "bytes", c.bytes);
     json_kv_int(out, "files", (int64_t)m->checkpoint.n_files);
+    json_kv_string(out, "format", m->quantized ? quant_config_title(&m->quant) : NULL);
     put_linears(m, out);
     put_tensors(m, out);
 }

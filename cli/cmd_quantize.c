@@ -20,7 +20,7 @@
 
 struct args {
     const char *model, *out, *group_size, *report, *calib;
-    int quality, method, scheme, scales, scale_sign, ragged, order, order_columns;
+    int quality, method, scheme, scales, scale_sign, ragged, order, order_columns, format;
     int64_t samples, length, seed, refine; /* refine −1: not given */
     double damping;
     struct tune_args tune;
@@ -41,6 +41,7 @@ static const char *const orders[] = {"shuffle", "file", NULL};
 static const char *const column_orders[] = {"activation", "natural", NULL};
 static const char *const scale_signs[] = {"any", "positive", NULL};
 static const char *const ragged_rules[] = {"smaller", "keep", "error", NULL};
+static const char *const formats[] = {"compressed-tensors", "auto-round", "gptq", NULL};
 
 static const struct opt_arg positional[] = {
     {.name = "MODEL",
@@ -171,6 +172,12 @@ static const struct opt options[] = {
      OPT_TO_FLAG(struct args, allow_nonfinite),
      .help = "take NaN and infinite weights as 0 instead of refusing them"},
     {OPT_SECTION("Output")},
+    {.name = "format",
+     OPT_TO_CHOICE(struct args, format),
+     .choices = formats,
+     .initial = "compressed-tensors",
+     .help =
+         "what is written; the others hold symmetric schemes alone. gemcut convert changes it afterwards"},
     {.name = "shard-size",
      OPT_TO_SIZE(struct args, shard_size),
      .value = "SIZE",
@@ -198,7 +205,7 @@ static const struct opt_spec spec = {
     .command = "gemcut quantize",
     .summary =
         "Cuts a BF16, F16 or F32 Gemma checkpoint to 4-bit (or 8-bit) weights that vLLM and transformers load: "
-        "safetensors with compressed-tensors metadata. OUT appears whole or not at all.",
+        "safetensors in the format of compressed-tensors, AutoRound or GPTQ. OUT appears whole or not at all.",
     .args = positional,
     .n_args = 2,
     .opts = options,
@@ -233,7 +240,8 @@ static int choose_method(const struct args *a, struct recipe *r)
 
 static int make_recipe(const struct args *a, struct recipe *r)
 {
-    *r = (struct recipe){.scales.positive_only = a->scale_sign == 1,
+    *r = (struct recipe){.format = (enum quant_format)a->format,
+                         .scales.positive_only = a->scale_sign == 1,
                          .ragged = (enum ragged_rule)a->ragged,
                          .ignore = a->ignore.items,
                          .n_ignore = a->ignore.n,

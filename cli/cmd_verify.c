@@ -92,6 +92,10 @@ static int describe(const struct verify_report *r, struct text *out)
     text_printf(out, "structure    %zu tensors, %zu of %zu linears quantized: %s\n", r->n_tensors,
                 r->n_quantized, r->cut.n_linears,
                 structure ? "NOT as config.json describes" : "as config.json describes");
+    if (model_n_dequantized(&r->cut))
+        text_printf(out,
+                    "             scales beyond BF16: %zu linears are computed from dequantized weights\n",
+                    model_n_dequantized(&r->cut));
     if (r->has_record)
         text_printf(out, "record       %zu of %zu tensors and %zu files are as gemcut wrote them\n",
                     r->n_recorded_equal, r->n_tensors, r->n_files_equal);
@@ -128,6 +132,8 @@ static int describe_json(const struct verify_report *r, struct text *out)
     json_kv_string(out, "cut", r->cut.folder);
     json_kv_string(out, "against", r->source.folder);
     json_kv_bool(out, "ok", r->n_findings == 0);
+    json_kv_string(out, "format", r->cut.quantized ? quant_config_title(&r->cut.quant) : NULL);
+    json_kv_uint(out, "dequantized_linears", model_n_dequantized(&r->cut));
     json_kv_uint(out, "tensors", r->n_tensors);
     json_kv_bool(out, "has_record", r->has_record);
     json_kv_uint(out, "tensors_as_recorded", r->n_recorded_equal);

@@ -19,6 +19,7 @@ struct command {
 
 static const struct command commands[] = {
     {"quantize", cmd_quantize, "cut a BF16 checkpoint to 4-bit weights"},
+    {"convert", cmd_convert, "pack a cut into another format, without quantizing again"},
     {"inspect", cmd_inspect, "show what a checkpoint holds"},
     {"verify", cmd_verify, "check that a cut is what it says, and how far it is from the original"},
     {"eval", cmd_eval, "measure a model: perplexity"},

@@ -91,15 +91,6 @@ void hf_config_close(struct hf_config *cfg)
     *cfg = (struct hf_config){0};
 }
 
-/* Just past the string literal that begins at s (at its opening quote). The text has been parsed: it ends. */
-static const char *skip_string(const char *s)
-{
-    for (s++; *s != '"'; s++)
-        if (*s == '\\')
-            s++;
-    return s + 1;
-}
-
 static bool is_key(const char *quote, const char *end, const char *key)
 {
     const size_t n = strlen(key);
@@ -109,7 +100,7 @@ static bool is_key(const char *quote, const char *end, const char *key)
 int hf_config_splice(const struct hf_config *cfg, const char *json, struct text *out)
 {
     static const char member[] = "quantization_config";
-    /* A null one gets the value where it stands: as a second member it would win over ours in readers. */
+    /* One that is there gives way where it stands: as a second member it would win over ours in readers. */
     bool placed = !json_member(cfg->root, member).node;
     const char *run = cfg->text, *s = run + strspn(run, " \t\r\n");
     CHECK(*s == '{');
@@ -125,17 +116,17 @@ int hf_config_splice(const struct hf_config *cfg, const char *json, struct text 
             s++;
             continue;
         }
-        const char *end = skip_string(s), *value = end + strspn(end, " \t\r\n"), *replacement = NULL,
+        const char *end = json_skip_string(s), *value = end + strspn(end, " \t\r\n"), *replacement = NULL,
                    *after = NULL;
         const bool key = *value == ':';
         if (key)
             value += 1 + strspn(value + 1, " \t\r\n");
         if (key && *value == '"' && (is_key(s, end, "dtype") || is_key(s, end, "torch_dtype"))) {
             replacement = "\"bfloat16\"";
-            after = skip_string(value);
-        } else if (key && depth == 1 && is_key(s, end, member) && !strncmp(value, "null", 4)) {
+            after = json_skip_string(value);
+        } else if (key && depth == 1 && is_key(s, end, member)) {
             replacement = json;
-            after = value + 4;
+            after = json_skip_value(value);
             placed = true;
         }
         if (replacement) {
@@ -146,5 +137,5 @@ int hf_config_splice(const struct hf_config *cfg, const char *json, struct text 
         s = replacement ? after : end;
     }
     text_append(out, run, (size_t)(s - run));
-    return placed ? text_finish(out) : err_set(ERR_FORMAT, "%s: has a '%s' already", cfg->path, member);
+    return placed ? text_finish(out) : err_set(ERR_FORMAT, "%s: its '%s' is not found", cfg->path, member);
 }

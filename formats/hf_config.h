@@ -27,8 +27,8 @@ int hf_config_open(struct hf_config *out, const char *folder);
 int hf_config_parse(struct hf_config *out, const char *text, size_t len, const char *name);
 void hf_config_close(struct hf_config *cfg);
 
-/* Appends to *out the original text of a config that is not quantized, with `"quantization_config": <json>` as the
- * first member of the top level (or in place of a null one), and with every "dtype"/"torch_dtype" string value
+/* Appends to *out the original text with `"quantization_config": <json>` as the first member of the top level, or in
+ * place of the one that is there, and with every "dtype"/"torch_dtype" string value
  * replaced by bfloat16: the dequantized weights are BF16, whatever the source was. `json` is indented to the depth
  * of a member. */
 int hf_config_splice(const struct hf_config *cfg, const char *json, struct text *out);

@@ -2,12 +2,28 @@
 
 #include "base/err.h"
 #include "base/mem.h"
+#include "formats/quant_gptq.h"
 
 #include <ctype.h>
 #include <regex.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+const char *const quant_format_names[N_QUANT_FORMATS] = {[QUANT_COMPRESSED_TENSORS] = "compressed-tensors",
+                                                         [QUANT_AUTO_ROUND] = "auto-round",
+                                                         [QUANT_GPTQ] = "gptq"};
+
+const char *quant_config_title(const struct quant_config *cfg)
+{
+    if (cfg->format == QUANT_COMPRESSED_TENSORS)
+        return "compressed-tensors pack-quantized";
+    if (cfg->format == QUANT_GPTQ)
+        return cfg->zero_bias ? "gptq" : "gptq_v2";
+    if (cfg->layout == QUANT_AWQ)
+        return "auto-round (auto_awq)";
+    return cfg->zero_bias ? "auto-round (auto_gptq)" : "auto-round (gptqmodel)";
+}
 
 int quant_config_add(char ***list, size_t *n, const char *pattern)
 {
@@ -45,6 +61,8 @@ void quant_config_free(struct quant_config *cfg)
         free_list(cfg->groups[g].targets, cfg->groups[g].n_targets);
     free(cfg->groups);
     free_list(cfg->ignore, cfg->n_ignore);
+    free_list(cfg->inside, cfg->n_inside);
+    free(cfg->block);
     *cfg = (struct quant_config){0};
 }
 
@@ -93,6 +111,10 @@ static void write_group(const struct quant_config *cfg, size_t index, struct tex
 
 void quant_config_write(const struct quant_config *cfg, struct text *out)
 {
+    if (cfg->format != QUANT_COMPRESSED_TENSORS) {
+        quant_gptq_write(cfg, out);
+        return;
+    }
     json_begin_object(out);
     json_put_key(out, "config_groups");
     json_begin_object(out);
@@ -163,16 +185,11 @@ static int read_scheme(struct json group, struct quant_scheme *s, bool *act_orde
     return 0;
 }
 
-int quant_config_read(struct quant_config *out, struct json q)
+static int read_compressed_tensors(struct quant_config *out, struct json q)
 {
-    *out = (struct quant_config){0};
-    const char *method, *format;
+    const char *format;
     struct json groups;
-    int rc = json_get_string(q, "quant_method", &method);
-    if (!rc && strcmp(method, "compressed-tensors"))
-        return json_error(json_member(q, "quant_method"), "is '%s', expected compressed-tensors", method);
-    if (!rc)
-        rc = json_get_string(q, "format", &format);
+    int rc = json_get_string(q, "format", &format);
     if (!rc && strcmp(format, "pack-quantized"))
         return json_error(json_member(q, "format"), "is '%s', expected pack-quantized", format);
     if (!rc)
@@ -186,8 +203,25 @@ int quant_config_read(struct quant_config *out, struct json q)
         if (!rc)
             rc = read_list(g, "targets", &group->targets, &group->n_targets);
     }
-    if (!rc)
-        rc = read_list(q, "ignore", &out->ignore, &out->n_ignore);
+    return rc ? rc : read_list(q, "ignore", &out->ignore, &out->n_ignore);
+}
+
+int quant_config_read(struct quant_config *out, struct json q)
+{
+    *out = (struct quant_config){0};
+    const char *method;
+    int rc = json_get_string(q, "quant_method", &method);
+    if (rc < 0)
+        return rc;
+    if (!strcmp(method, quant_format_names[QUANT_COMPRESSED_TENSORS]))
+        rc = read_compressed_tensors(out, q);
+    else if (!strcmp(method, quant_format_names[QUANT_AUTO_ROUND]))
+        rc = quant_auto_round_read(out, q);
+    else if (!strcmp(method, quant_format_names[QUANT_GPTQ]))
+        rc = quant_gptq_read(out, q);
+    else
+        rc = json_error(json_member(q, "quant_method"),
+                        "is '%s', expected compressed-tensors, auto-round or gptq", method);
     if (rc < 0)
         quant_config_free(out);
     return rc;
@@ -241,17 +275,40 @@ static int match_regex(const char *pattern, const char *module)
     return matches;
 }
 
+const char *quant_inner_name(const char *name)
+{
+    static const char *const levels[] = {"model.", "language_model."};
+    for (size_t i = 0; i < sizeof levels / sizeof *levels;)
+        if (!strncmp(name, levels[i], strlen(levels[i]))) {
+            name += strlen(levels[i]);
+            i = 0;
+        } else {
+            i++;
+        }
+    return name;
+}
+
 static int match_one(const char *pattern, enum match_kind kind, const char *module)
 {
     if (!strncmp(pattern, "re:", 3))
         return kind == MATCH_REGEX ? match_regex(pattern + 3, module) : 0;
     if (strchr(pattern, '.'))
-        return kind == MATCH_NAME && !strcmp(pattern, module);
+        return kind == MATCH_NAME && !strcmp(quant_inner_name(pattern), quant_inner_name(module));
     return kind == MATCH_CLASS ? !strcmp(pattern, "Linear") : kind == MATCH_NAME && !strcmp(pattern, module);
+}
+
+static bool is_inside(const struct quant_config *cfg, const char *module)
+{
+    bool inside = !cfg->n_inside;
+    for (size_t i = 0; !inside && i < cfg->n_inside; i++)
+        inside = text_ends_with(module, cfg->inside[i]);
+    return inside;
 }
 
 int quant_config_match(const struct quant_config *cfg, const char *module, struct quant_scheme *scheme)
 {
+    if (!is_inside(cfg, module))
+        return 0;
     for (int kind = MATCH_NAME; kind <= MATCH_CLASS; kind++)
         for (size_t i = 0; i < cfg->n_ignore; i++) {
             const int rc = match_one(cfg->ignore[i], (enum match_kind)kind, module);

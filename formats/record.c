@@ -98,6 +98,48 @@ void record_close(struct record *r)
     *r = (struct record){0};
 }
 
+static bool is_origin(const char *key)
+{
+    static const char *const others[] = {"converted", "tensors", "files"};
+    bool origin = true;
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++)
+        origin &= strcmp(key, others[i]) != 0;
+    return origin;
+}
+
+/* The members of the text and of the document are the same ones, in the same order. */
+static void copy_members(const char *text, struct json root, struct text *out)
+{
+    const char *s = text + strspn(text, " \t\r\n") + 1;
+    for (struct json m = json_first(root); m.node; m = json_next(m)) {
+        const char *colon = json_skip_string(s + strspn(s, ", \t\r\n"));
+        const char *value = colon + strspn(colon, ": \t\r\n");
+        s = json_skip_value(value);
+        if (!is_origin(json_key(m)))
+            continue;
+        json_put_key(out, json_key(m));
+        json_put_raw(out, value, (size_t)(s - value));
+    }
+}
+
+int record_copy_origin(const char *folder, struct text *out)
+{
+    char *path = file_join(folder, RECORD_NAME), *text = NULL;
+    struct json_doc *doc = NULL;
+    size_t len;
+    int rc = path ? file_read(path, max_record_bytes, &text, &len) : ERR_MEMORY;
+    if (!rc)
+        rc = json_parse(&doc, text, len, path);
+    if (!rc && !json_is_object(json_root(doc)))
+        rc = err_set(ERR_FORMAT, "%s: is not an object", path);
+    if (!rc)
+        copy_members(text, json_root(doc), out);
+    json_free(doc);
+    free(text);
+    free(path);
+    return rc;
+}
+
 const struct hash128 *record_find(const struct record_map *map, const char *name)
 {
     size_t i;

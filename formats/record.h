@@ -6,6 +6,7 @@
 
 #include "base/hash.h"
 #include "base/json.h"
+#include "base/text.h"
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -38,6 +39,10 @@ struct record {
 /* Reads folder/gemcut.json. When there is none: 0 and *found = false. */
 int record_open(struct record *out, const char *folder, bool *found);
 void record_close(struct record *r);
+
+/* Appends to the object that is being written in *out what folder/gemcut.json says of how its codes came about: every
+ * member but "converted", "tensors" and "files", as it stands. */
+int record_copy_origin(const char *folder, struct text *out);
 
 /* NULL when the name is not recorded. */
 const struct hash128 *record_find(const struct record_map *map, const char *name);

@@ -7,6 +7,7 @@
 #include "base/text.h"
 #include "formats/record.h"
 #include "kernels/budget.h"
+#include "quantize/beside.h"
 #include "quantize/staging.h"
 
 #include <math.h>
@@ -249,31 +250,17 @@ int cut_estimate(const struct cut *c, double *seconds)
 
 /* --- running -------------------------------------------------------------------------------------------------- */
 
-/* config.json of the cut: the source's text with the quantization_config added. */
 static int write_config(const struct cut *c)
 {
+    const struct recipe *recipe = &c->options.recipe;
     struct quant_config quant;
-    struct text json = {.indent = 2, .depth = 1, .after_key = true}, config = {0};
-    int rc = recipe_quant_config(&quant, &c->plan, &c->options.recipe, &c->source.gemma);
+    int rc =
+        recipe_quant_config(&quant, &c->plan, recipe->format, recipe_act_order(recipe), &c->source.gemma);
     if (rc < 0)
         return rc;
-    quant_config_write(&quant, &json);
-    rc = text_finish(&json);
-    if (!rc)
-        rc = hf_config_splice(&c->source.config, json.data, &config);
-    if (!rc)
-        rc = staging_write(&c->place, "config.json", config.data, config.len);
-    text_free(&config);
-    text_free(&json);
+    rc = beside_write_config(&c->place, &c->source.config, &quant);
     quant_config_free(&quant);
     return rc;
-}
-
-static void put_hash(struct text *t, const char *key, struct hash128 hash)
-{
-    char hex[HASH_HEX_BYTES];
-    hash_to_hex(hash, hex);
-    json_kv_string(t, key, hex);
 }
 
 void cut_write_stats(const struct recipe *r, const struct cut_linear *l, struct text *t)
@@ -310,8 +297,9 @@ static void write_calibration(const struct cut *c, struct text *t)
     json_kv_uint(t, "seed", spec->seed);
     json_kv_string(t, "order", spec->shuffle ? "shuffle" : "file");
     json_kv_bool(t, "skip_bos", spec->skip_bos);
-    put_hash(t, "ids",
-             hash_bytes(c->data->ids, (size_t)(c->data->samples * c->data->length) * sizeof *c->data->ids));
+    beside_put_hash(
+        t, "ids",
+        hash_bytes(c->data->ids, (size_t)(c->data->samples * c->data->length) * sizeof *c->data->ids));
     json_end_object(t);
 }
 
@@ -337,7 +325,7 @@ static void write_linears(const struct cut *c, struct text *t)
         cut_write_stats(&c->options.recipe, &linears[i], t);
         if (linears[i].n_nonfinite)
             json_kv_int(t, "nonfinite_as_zero", linears[i].n_nonfinite);
-        put_hash(t, "source", linears[i].source_hash);
+        beside_put_hash(t, "source", linears[i].source_hash);
         json_end_object(t);
     }
     json_end_object(t);
@@ -377,27 +365,6 @@ static void write_tuning(const struct cut *c, struct text *t)
     json_end_object(t);
 }
 
-static int write_files(const struct cut *c, struct text *t)
-{
-    struct file_list list;
-    int rc = staging_files(&c->place, &list);
-    if (rc < 0)
-        return rc;
-    json_put_key(t, "files");
-    json_begin_object(t);
-    for (size_t i = 0; !rc && i < list.n; i++) {
-        char *path = file_join(c->place.partial, list.names[i]);
-        struct hash128 hash;
-        rc = path ? record_hash_file(path, &hash) : ERR_MEMORY;
-        if (!rc)
-            put_hash(t, list.names[i], hash);
-        free(path);
-    }
-    json_end_object(t);
-    file_list_free(&list);
-    return rc;
-}
-
 static int write_record(const struct cut *c)
 {
     struct text t = {.indent = 1};
@@ -411,53 +378,24 @@ static int write_record(const struct cut *c)
     recipe_write(&c->options.recipe, &t);
     json_put_key(&t, "source");
     json_begin_object(&t);
-    put_hash(&t, "config", hash_bytes(c->source.config.text, c->source.config.text_len));
+    beside_put_hash(&t, "config", hash_bytes(c->source.config.text, c->source.config.text_len));
     json_kv_uint(&t, "tensor_bytes", pipeline_source_bytes(c->pipeline));
     json_end_object(&t);
     write_calibration(c, &t);
     write_tuning(c, &t);
     write_linears(c, &t);
-    json_put_key(&t, "tensors");
-    json_begin_object(&t);
-    for (size_t i = 0; i < n; i++)
-        put_hash(&t, tensors[i].name, tensors[i].hash);
-    json_end_object(&t);
-    int rc = write_files(c, &t);
-    json_end_object(&t);
-    text_add(&t, "\n");
-    if (!rc)
-        rc = text_finish(&t);
-    if (!rc)
-        rc = staging_write(&c->place, RECORD_NAME, t.data, t.len);
+    const int rc = beside_finish_record(&c->place, tensors, n, &t);
     text_free(&t);
     return rc;
 }
 
-/* Reads the finished files as a stranger would and compares every tensor with what was meant to be written. */
 static int check_written(const struct cut *c, const struct cut_events *events)
 {
-    struct checkpoint ck;
-    int rc = checkpoint_open(&ck, c->place.partial);
-    if (rc < 0)
-        return err_context(rc, "reading back");
-    if (events->on_stage)
-        events->on_stage(events->ctx, CUT_CHECK, writer_bytes(c->writer));
     size_t n;
     const struct written_tensor *tensors = pipeline_tensors(c->pipeline, &n);
-    struct hash128 *hashes = mem_alloc(ck.n_tensors, sizeof *hashes, "tensor hashes");
-    rc = hashes ? checkpoint_hash_all(&ck, c->pool, hashes, events->on_bytes, events->ctx) : ERR_MEMORY;
-    if (!rc && ck.n_tensors != n)
-        rc =
-            err_set(ERR_IO, "%s: reading back: %zu tensors, expected %zu", c->place.partial, ck.n_tensors, n);
-    for (size_t i = 0; !rc && i < n; i++) {
-        const struct tensor *t = checkpoint_tensor(&ck, tensors[i].name);
-        if (!t || !hash_equal(hashes[t - ck.tensors], tensors[i].hash))
-            rc = err_set(ERR_IO, "%s: reading back: tensor '%s' is not what was written", c->place.partial,
-                         tensors[i].name);
-    }
-    free(hashes);
-    checkpoint_close(&ck);
-    return rc;
+    if (events->on_stage)
+        events->on_stage(events->ctx, CUT_CHECK, writer_bytes(c->writer));
+    return beside_check_weights(&c->place, tensors, n, c->pool, events->on_bytes, events->ctx);
 }
 
 static void *copy_rest(void *arg)

@@ -7,35 +7,32 @@
 
 /* --- planning ------------------------------------------------------------------------------------------------- */
 
-static int announce(struct pipeline *p, const char *module, const char *suffix, enum dtype dtype, int n_dims,
-                    const int64_t *shape, size_t *id)
-{
-    char *name = mem_printf("%s%s", module, suffix);
-    if (!name)
-        return ERR_MEMORY;
-    p->written[p->n_written++].name = name;
-    return writer_add(p->writer, name, module, dtype, n_dims, shape, id);
-}
-
-/* The tensors of a packed linear, in the order in which finish_linear fills their hashes. */
 static int announce_linear(struct pipeline *p, struct item *it)
 {
-    const struct quant_scheme s = it->linear->scheme;
-    const int64_t rows = it->source->shape[0], cols = it->source->shape[1], groups = quant_groups(s, cols);
     char *module = gemma_module(it->linear->tensor);
     if (!module)
         return ERR_MEMORY;
-    int rc = announce(p, module, QUANT_PACKED, DTYPE_I32, 2, (int64_t[]){rows, quant_packed_cols(s, cols)},
-                      &it->id);
-    if (!rc)
-        rc = announce(p, module, QUANT_SCALE, DTYPE_BF16, 2, (int64_t[]){rows, groups}, &it->scale_id);
-    if (!rc)
-        rc = announce(p, module, QUANT_SHAPE, DTYPE_I64, 1, (int64_t[]){2}, &it->shape_id);
-    if (!rc && !s.symmetric)
-        rc = announce(p, module, QUANT_ZERO, DTYPE_I32, 2, (int64_t[]){quant_zero_rows(s, rows), groups},
-                      &it->zero_id);
+    it->out = (struct linear_out){.format = p->format,
+                                  .scheme = it->linear->scheme,
+                                  .rows = it->source->shape[0],
+                                  .cols = it->source->shape[1],
+                                  .name = it->source->name};
+    size_t n;
+    const int rc = linear_out_announce(&it->out, p->writer, module, &p->written[p->n_written], &n);
+    p->n_written += n;
     free(module);
     return rc;
+}
+
+/* A tensor that is passed on keeps its name. */
+static int announce_copy(struct pipeline *p, struct item *it)
+{
+    const struct tensor *t = it->source;
+    char *name = mem_strdup(t->name);
+    if (!name)
+        return ERR_MEMORY;
+    p->written[p->n_written++].name = name;
+    return writer_add(p->writer, name, name, t->dtype, t->n_dims, t->shape, &it->id);
 }
 
 static void grow_to(size_t *size, uint64_t need)
@@ -75,7 +72,7 @@ static int plan_item(struct pipeline *p, struct item *it)
         rc = announce_linear(p, it);
     } else {
         it->task_rows = source_piece * TASK_PIECES;
-        rc = announce(p, t->name, "", t->dtype, t->n_dims, t->shape, &it->id);
+        rc = announce_copy(p, it);
     }
     const int64_t run = it->task_rows < rows ? it->task_rows : rows;
     grow_to(&p->source_run,
@@ -113,6 +110,7 @@ int pipeline_open(struct pipeline **out, const struct checkpoint *source, const 
         return ERR_MEMORY;
     *p = (struct pipeline){.checkpoint = source,
                            .writer = writer,
+                           .format = recipe->format,
                            .scales = recipe->scales,
                            .allow_nonfinite = recipe->allow_nonfinite,
                            .calibrated = recipe->calibrated,
@@ -121,7 +119,7 @@ int pipeline_open(struct pipeline **out, const struct checkpoint *source, const 
                            .n_items = source->n_tensors};
     pthread_mutex_init(&p->lock, NULL);
     p->items = mem_alloc(source->n_tensors, sizeof *p->items, "the pipeline");
-    p->written = mem_alloc(4 * source->n_tensors, sizeof *p->written, "the pipeline");
+    p->written = mem_alloc(LINEAR_MAX_TENSORS * source->n_tensors, sizeof *p->written, "the pipeline");
     p->linears = mem_alloc(plan->n, sizeof *p->linears, "the pipeline");
     int rc = p->items && p->written && p->linears ? 0 : ERR_MEMORY;
     for (size_t i = 0; !rc && i < p->n_items; i++)
@@ -147,10 +145,12 @@ void pipeline_release(struct item *it)
     free(it->squares);
     free(it->scales);
     free(it->zeros);
+    free(it->words);
     it->source_pieces = it->packed_pieces = NULL;
     it->squares = NULL;
     it->scales = NULL;
     it->zeros = NULL;
+    it->words = NULL;
 }
 
 void pipeline_close(struct pipeline *p)
@@ -184,13 +184,17 @@ uint64_t pipeline_worker_bytes(const struct pipeline *p)
 
 uint64_t pipeline_memory_bytes(const struct pipeline *p, int n_workers)
 {
-    uint64_t state = 0; /* the scales of the largest tensors under way: one a worker and its predecessor */
+    uint64_t state =
+        0; /* scales, and transposed codes, of the largest tensors under way: one a worker and one more */
     for (size_t i = 0; i < p->n_items; i++) {
         const struct item *it = &p->items[i];
         if (!pipeline_rounds(p, it))
             continue;
-        const uint64_t bytes =
-            (uint64_t)(it->source->shape[0] * quant_groups(it->linear->scheme, it->source->shape[1])) * 3;
+        const struct quant_scheme s = it->linear->scheme;
+        const uint64_t rows = (uint64_t)it->source->shape[0];
+        uint64_t bytes = rows * (uint64_t)quant_groups(s, it->source->shape[1]) * 3;
+        if (!linear_out_by_rows(&it->out))
+            bytes += rows * (uint64_t)quant_packed_cols(s, it->source->shape[1]) * sizeof *it->words;
         state = bytes > state ? bytes : state;
     }
     /* where the device has memory of its own, what is staged lies on the host as well */

@@ -14,13 +14,8 @@
 #include "formats/writer.h"
 #include "quantize/calibrate.h"
 #include "quantize/journal.h"
+#include "quantize/linear_out.h"
 #include "quantize/recipe.h"
-
-/* One tensor that the cut writes, for the record. */
-struct written_tensor {
-    char *name;
-    struct hash128 hash;
-};
 
 /* One quantized linear, for the record. */
 struct cut_linear {

@@ -14,8 +14,9 @@ struct item {
     const struct tensor *source;
     const struct linear_plan *linear; /* NULL: passed on as it is */
     bool must_be_finite;              /* language tensors; vision towers may hold infinities by design */
-    size_t id, scale_id, zero_id, shape_id; /* writer's; id: the packed codes, or the tensor itself */
-    size_t written, cut;                    /* index of its first result; of its linear */
+    size_t id;                        /* the writer's, of a tensor that is passed on */
+    struct linear_out out;            /* of a linear */
+    size_t written, cut;              /* index of its first result; of its linear */
     int64_t task_rows;
     size_t first_task, n_tasks;
 
@@ -25,6 +26,7 @@ struct item {
     int64_t n_nonfinite;
     uint16_t *scales;
     int8_t *zeros;
+    uint32_t *words; /* codes of the whole linear, where they are written transposed */
 };
 
 /* What the kernels report of a block of rows. */
@@ -43,6 +45,7 @@ struct worker {
 struct pipeline {
     const struct checkpoint *checkpoint;
     struct writer *writer;
+    enum quant_format format;
     struct scale_spec scales;
     bool allow_nonfinite, calibrated;
     struct item *items;
@@ -79,9 +82,9 @@ static inline bool pipeline_rounds(const struct pipeline *p, const struct item *
 void pipeline_hash_rows(const void *buf, int64_t cols, enum dtype dtype, int64_t row, int64_t end,
                         struct hash128 *pieces);
 
-/* Everything of a linear but its codes, from the host; out: the hashes in the order of announce_linear. */
-int pipeline_put_scales(struct pipeline *p, const struct item *it, const uint16_t *scales,
-                        const int8_t *zeros, struct written_tensor *out);
+/* Everything of a linear but its codes, from the host. */
+int pipeline_put_steps(struct pipeline *p, const struct item *it, const uint16_t *scales,
+                       const int8_t *zeros);
 
 /* Frees what an item holds while it is under way. */
 void pipeline_release(struct item *it);

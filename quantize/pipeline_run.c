@@ -3,6 +3,7 @@
 
 #include "base/err.h"
 #include "base/mem.h"
+#include "formats/quant_layout.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -164,8 +165,12 @@ static int quantize_rows(struct pipeline *p, struct item *it, struct worker *w, 
         rc = collect_scales(w, &task, row);
     if (rc < 0)
         return rc;
+    if (it->words) {
+        layout_transpose(w->packed.host, end - row, words, it->words + row, t->shape[0]);
+        return 0;
+    }
     pipeline_hash_rows(w->packed.host, words, DTYPE_I32, row, end, it->packed_pieces);
-    return writer_put(p->writer, it->id, (uint64_t)(row * words) * 4, w->packed.host,
+    return writer_put(p->writer, it->out.codes_id, (uint64_t)(row * words) * 4, w->packed.host,
                       (size_t)((end - row) * words) * 4);
 }
 
@@ -191,22 +196,34 @@ static int begin_item(const struct pipeline *p, struct item *it)
     it->scales = mem_alloc(n_scales, sizeof *it->scales, "scales");
     if (!s.symmetric)
         it->zeros = mem_alloc(n_scales, sizeof *it->zeros, "zero points");
-    if (it->packed_pieces && it->squares && it->scales && (s.symmetric || it->zeros))
+    const bool by_rows = linear_out_by_rows(&it->out);
+    if (!by_rows)
+        it->words = mem_alloc_aligned((size_t)(rows * words) * sizeof *it->words, "transposed codes");
+    if (it->packed_pieces && it->squares && it->scales && (s.symmetric || it->zeros) &&
+        (by_rows || it->words))
         return 0;
     pipeline_release(it); /* another worker that is about to enter must not take it for begun */
     return ERR_MEMORY;
 }
 
-static int finish_linear(struct pipeline *p, struct item *it, struct hash128 source_hash)
+/* The codes of a linear are written when its last rows are, or were on the way. */
+static int finish_codes(const struct pipeline *p, const struct item *it)
 {
     const int64_t rows = it->source->shape[0],
                   words = quant_packed_cols(it->linear->scheme, it->source->shape[1]);
-    const size_t packed_pieces = (size_t)pipeline_pieces(rows, tensor_piece_rows(words, DTYPE_I32));
+    if (it->words)
+        return linear_out_put_words(&it->out, p->writer, it->words);
+    return tensor_hash_combine(it->packed_pieces,
+                               (size_t)pipeline_pieces(rows, tensor_piece_rows(words, DTYPE_I32)), DTYPE_I32,
+                               2, (int64_t[]){rows, words}, &it->out.written[0].hash);
+}
+
+static int finish_linear(struct pipeline *p, struct item *it, struct hash128 source_hash)
+{
     struct cut_linear *cut = &p->linears[it->cut];
     cut->source_hash = source_hash;
     if (p->calibrated)
         return 0;
-    struct written_tensor *out = &p->written[it->written];
     double error = 0, reference = 0;
     for (size_t i = 0; i < it->n_tasks; i++) {
         error += it->squares[2 * i];
@@ -214,9 +231,8 @@ static int finish_linear(struct pipeline *p, struct item *it, struct hash128 sou
     }
     cut->error = reference > 0 ? sqrt(error / reference) : 0;
     cut->n_nonfinite = it->n_nonfinite;
-    const int rc = tensor_hash_combine(it->packed_pieces, packed_pieces, DTYPE_I32, 2,
-                                       (int64_t[]){rows, words}, &out[0].hash);
-    return rc ? rc : pipeline_put_scales(p, it, it->scales, it->zeros, out);
+    const int rc = finish_codes(p, it);
+    return rc ? rc : pipeline_put_steps(p, it, it->scales, it->zeros);
 }
 
 static int finish_item(struct pipeline *p, struct item *it)

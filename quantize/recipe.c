@@ -269,6 +269,10 @@ static int resolve_sets(struct recipe_plan *plan, const struct recipe *r, struct
         rc = check_used("--only", r->only[i], &used->only[i]);
     for (size_t i = 0; !rc && i < r->n_overrides; i++)
         rc = check_used("--override", r->overrides[i].glob, &used->overrides[i]);
+    for (size_t i = 0; !rc && i < plan->n; i++)
+        if (plan->linears[i].quantized)
+            rc = quant_format_check(r->format, plan->linears[i].scheme, plan->linears[i].tensor->name,
+                                    plan->linears[i].tensor->shape);
     if (!rc && !any)
         rc = err_set(ERR_USAGE, "this recipe quantizes nothing: every linear is ignored, excluded or ragged");
     return rc;
@@ -378,10 +382,66 @@ static const struct linear_plan *most_common(const struct recipe_plan *plan)
     return best;
 }
 
-int recipe_quant_config(struct quant_config *out, const struct recipe_plan *plan, const struct recipe *recipe,
-                        const struct gemma_config *cfg)
+/* A linear's name as AutoRound lists it: as it is in memory of transformers, which the last prefix of a family stands
+ * for, and which vLLM maps to its own. */
+static char *listed_name(const struct gemma_tensor *t, const struct gemma_config *cfg)
 {
-    *out = (struct quant_config){.act_order = recipe->sweep && !recipe->natural_order};
+    char *module = gemma_module(t), *name = NULL;
+    const char *prefix = cfg->family->prefixes[0];
+    for (int i = 0; i < GEMMA_MAX_PREFIXES && cfg->family->prefixes[i]; i++)
+        prefix = cfg->family->prefixes[i];
+    if (module)
+        name = mem_printf("%s%s", prefix, quant_inner_name(module));
+    free(module);
+    return name;
+}
+
+/* Every linear of the plan that is described like `like`, by name. */
+static int add_names(char ***list, size_t *n, const struct recipe_plan *plan, const struct linear_plan *like,
+                     const struct gemma_config *cfg)
+{
+    int rc = 0;
+    for (size_t i = 0; !rc && i < plan->n; i++) {
+        if (!described_alike(&plan->linears[i], like))
+            continue;
+        char *name = listed_name(plan->linears[i].tensor, cfg);
+        rc = name ? quant_config_add(list, n, name) : ERR_MEMORY;
+        free(name);
+    }
+    return rc;
+}
+
+static int add_alike(struct quant_config *q, char ***list, size_t *n, const struct recipe_plan *plan,
+                     const struct linear_plan *like, const struct gemma_config *cfg)
+{
+    return q->format == QUANT_AUTO_ROUND ? add_names(list, n, plan, like, cfg)
+                                         : add_patterns(list, n, plan, like);
+}
+
+/* The parent of the decoder blocks: what stands before the first linear's layer number. */
+static int name_block(struct quant_config *q, const struct recipe_plan *plan, const struct gemma_config *cfg)
+{
+    static const char last[] = "layers";
+    char *name = listed_name(plan->linears[0].tensor, cfg), *end = name ? strstr(name, last) : NULL;
+    if (end)
+        q->block = mem_strndup(name, (size_t)(end - name) + strlen(last));
+    free(name);
+    return q->block ? 0 : ERR_MEMORY;
+}
+
+bool recipe_act_order(const struct recipe *r)
+{
+    return r->sweep && !r->natural_order;
+}
+
+int recipe_quant_config(struct quant_config *out, const struct recipe_plan *plan, enum quant_format format,
+                        bool act_order, const struct gemma_config *cfg)
+{
+    const bool by_rows = format == QUANT_COMPRESSED_TENSORS;
+    *out = (struct quant_config){.format = format,
+                                 .layout = by_rows ? QUANT_BY_ROWS : QUANT_TRANSPOSED,
+                                 .zero_bias = !by_rows,
+                                 .act_order = act_order};
     const struct linear_plan *common = most_common(plan);
     struct quant_group *group;
     int rc = quant_config_add_group(out, common->scheme, &group);
@@ -396,13 +456,16 @@ int recipe_quant_config(struct quant_config *out, const struct recipe_plan *plan
             continue;
         rc = quant_config_add_group(out, l->scheme, &group);
         if (!rc)
-            rc = add_patterns(&group->targets, &group->n_targets, plan, l);
+            rc = add_alike(out, &group->targets, &group->n_targets, plan, l, cfg);
     }
-    for (int i = 0; !rc && i < GEMMA_MAX_IGNORES && cfg->family->ignores[i]; i++)
+    /* AutoRound's block keeps other parts unquantized */
+    if (!rc && format == QUANT_AUTO_ROUND)
+        rc = name_block(out, plan, cfg);
+    for (int i = 0; !rc && !out->block && i < GEMMA_MAX_IGNORES && cfg->family->ignores[i]; i++)
         rc = quant_config_add(&out->ignore, &out->n_ignore, cfg->family->ignores[i]);
     for (size_t i = 0; !rc && i < plan->n; i++)
         if (!plan->linears[i].quantized) {
-            rc = add_patterns(&out->ignore, &out->n_ignore, plan, &plan->linears[i]);
+            rc = add_alike(out, &out->ignore, &out->n_ignore, plan, &plan->linears[i], cfg);
             break;
         }
     if (rc < 0)
@@ -448,6 +511,7 @@ void recipe_write(const struct recipe *r, struct text *out)
 {
     json_begin_object(out);
     json_kv_string(out, "method", r->method);
+    json_kv_string(out, "format", quant_format_names[r->format]);
     write_scheme(out, r->scheme);
     json_kv_string(out, "scales", scale_rules[r->scales.rule]);
     json_kv_string(out, "scale_sign", r->scales.positive_only ? "positive" : "any");

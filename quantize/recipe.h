@@ -25,6 +25,7 @@ struct recipe_override {
 
 struct recipe {
     const char *method; /* "rtn", "gptq", "autoround" */
+    enum quant_format format;
     struct quant_scheme scheme;
     struct scale_spec scales;
     bool calibrated;         /* the method looks at activations; the following count then */
@@ -79,9 +80,10 @@ struct recipe_plan {
 int recipe_resolve(struct recipe_plan *out, const struct recipe *recipe, const struct gemma_tensors *tensors);
 void recipe_plan_free(struct recipe_plan *plan);
 
-/* The quantization_config that describes the plan. */
-int recipe_quant_config(struct quant_config *out, const struct recipe_plan *plan, const struct recipe *recipe,
-                        const struct gemma_config *cfg);
+/* The quantization_config that describes the plan in a format. act_order: how the codes were found. */
+int recipe_quant_config(struct quant_config *out, const struct recipe_plan *plan, enum quant_format format,
+                        bool act_order, const struct gemma_config *cfg);
+bool recipe_act_order(const struct recipe *recipe);
 
 /* The recipe as the JSON object that gemcut.json keeps. */
 void recipe_write(const struct recipe *recipe, struct text *out);

@@ -126,7 +126,8 @@ int staging_write(const struct staging *w, const char *name, const void *data, s
 static bool is_side_file(const char *name)
 {
     static const char *const kept[] = {".json", ".jinja", ".model", ".txt", ".md"};
-    static const char *const left[] = {".index.json", "config.json", RECORD_NAME, "quantize_config.json"};
+    static const char *const left[] = {".index.json", "config.json", RECORD_NAME, "quantize_config.json",
+                                       "quantization_config.json"};
     for (size_t i = 0; i < sizeof left / sizeof *left; i++)
         if (left[i][0] == '.' ? text_ends_with(name, left[i]) : !strcmp(name, left[i]))
             return false;

@@ -249,7 +249,7 @@ static int check_weights(struct verify_report *r, struct parallel *pool, const c
         const struct weight_report *w = &r->weights[i];
         if (!w->linear)
             continue;
-        const int64_t groups = w->linear->scales->shape[1];
+        const int64_t groups = quant_groups(w->linear->scheme, w->linear->spec->shape[1]);
         r->n_quantized++;
         sum += w->error;
         if (w->bad_scales)

@@ -2,6 +2,8 @@
 
 #include "base/err.h"
 #include "base/mem.h"
+#include "formats/quant_layout.h"
+#include "runtime/packed.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -13,7 +15,8 @@ enum { HOST_BLOCK = 256 << 10, DEVICE_BLOCK = 4 << 20 };
 /* What a worker computes with: each piece of memory is as large as the largest linear needs. */
 struct worker {
     struct backend backend;
-    struct staged_buf packed, scales, zeros, source, sums;
+    struct staged_buf packed, scales, zeros, source,
+        sums;            /* packed: codes, or weights of a linear that is not direct */
     struct buf restored; /* [rows, cols] */
 };
 
@@ -26,30 +29,35 @@ struct job {
 
 static int64_t block_rows(const struct backend *b, const struct model_linear *l)
 {
-    const int64_t cols = l->spec->shape[1], rows = (b->host_memory ? HOST_BLOCK : DEVICE_BLOCK) / cols;
-    return rows < 1 ? 1 : rows < l->spec->shape[0] ? rows : l->spec->shape[0];
-}
-
-static bool is_bound(const struct model_linear *l)
-{
-    return l->quantized && l->packed && l->scales && (l->scheme.symmetric || l->zeros);
+    const int64_t cols = l->spec->shape[1];
+    const int64_t rows = (b->host_memory ? HOST_BLOCK : DEVICE_BLOCK) / cols / PACKED_ROWS * PACKED_ROWS;
+    return rows < PACKED_ROWS ? PACKED_ROWS : rows < l->spec->shape[0] ? rows : l->spec->shape[0];
 }
 
 /* Finite, non-zero and not subnormal: what every reader can multiply by. */
-static bool usable_scale(uint16_t s)
-{
-    const int exponent = s >> 7 & 0xff;
-    return exponent != 0 && exponent != 0xff;
-}
-
-static void check_scales(const struct model_linear *l, const uint16_t *scales, struct weight_report *out)
+static void check_scales(const struct model_linear *l, const float *scales, struct weight_report *out)
 {
     const int64_t n = l->scales->shape[0] * l->scales->shape[1];
     for (int64_t i = 0; i < n; i++)
-        if (!usable_scale(scales[i])) {
+        if (!isnormal(scales[i])) {
             out->first_bad = out->bad_scales ? out->first_bad : i;
             out->bad_scales++;
         }
+}
+
+/* Rows of the cut on the device, as BF16. Where the linear is direct, from its codes by the device's own arithmetic. */
+static int restore_block(const struct job *job, struct worker *w, const struct model_linear *l,
+                         const struct qmat *q, int64_t row, struct mat *restored)
+{
+    const struct backend *b = &w->backend;
+    const int64_t cols = q->cols, rows = q->packed.rows;
+    const size_t bytes = (size_t)(rows * (l->direct ? q->packed.cols * 4 : cols * 2));
+    int rc = l->direct ? packed_read_codes(job->cut, l, row, rows, w->packed.host)
+                       : packed_read_weights(job->cut, l, row, rows, w->packed.host);
+    if (!rc)
+        rc = b->core->stage_in(b, &w->packed, 0, bytes);
+    *restored = (struct mat){l->direct ? w->restored.ptr : w->packed.device, DTYPE_BF16, rows, cols, cols};
+    return rc || !l->direct ? rc : b->quant->dequantize(b, q, restored);
 }
 
 /* Adds one block of rows to the sums, group by group so that a single damaged scale stands out. q: on the device. */
@@ -60,18 +68,14 @@ static int compare_block(const struct job *job, struct worker *w, const struct m
     const struct backend *b = &w->backend;
     const int64_t cols = q->cols, rows = q->packed.rows;
     const size_t row_bytes = (size_t)cols * dtype_bytes(weight->dtype), n = (size_t)(rows * q->scales.cols);
-    const struct mat restored = {w->restored.ptr, DTYPE_BF16, rows, cols, cols};
     const struct mat source = {w->source.device, weight->dtype, rows, cols, cols};
-    int rc = model_read_packed(job->cut, l, row, rows, w->packed.host);
+    struct mat restored;
+    int rc = restore_block(job, w, l, q, row, &restored);
     if (!rc)
         rc = checkpoint_read(&job->source->checkpoint, weight, (uint64_t)row * row_bytes,
                              (size_t)rows * row_bytes, w->source.host);
     if (!rc)
-        rc = b->core->stage_in(b, &w->packed, 0, (size_t)(rows * q->packed.cols) * sizeof(uint32_t));
-    if (!rc)
         rc = b->core->stage_in(b, &w->source, 0, (size_t)rows * row_bytes);
-    if (!rc)
-        rc = b->quant->dequantize(b, q, &restored);
     if (!rc)
         rc = b->core->group_squared_error(b, &source, &restored, q->group, w->sums.device);
     if (!rc)
@@ -88,24 +92,25 @@ static int compare_block(const struct job *job, struct worker *w, const struct m
 }
 
 static int compare_linear(const struct job *job, struct worker *w, const struct model_linear *l,
-                          const struct tensor *weight, const uint16_t *scales, const int8_t *zeros,
+                          const struct tensor *weight, const float *scales, const int8_t *zeros,
                           struct weight_report *out)
 {
     const struct backend *b = &w->backend;
-    const int64_t rows = l->spec->shape[0], block = block_rows(b, l), groups = l->scales->shape[1];
+    const int64_t rows = l->spec->shape[0], block = block_rows(b, l),
+                  groups = quant_groups(l->scheme, l->spec->shape[1]);
     double sums[2] = {0, 0}, worst = 0;
     int rc = 0;
     for (int64_t row = 0; !rc && row < rows; row += block) {
         const int64_t n = rows - row < block ? rows - row : block;
         const size_t count = (size_t)(n * groups);
-        memcpy(w->scales.host, scales + row * groups, count * sizeof *scales);
-        rc = b->core->stage_in(b, &w->scales, 0, count * sizeof *scales);
+        layout_write_scales(scales + row * groups, n, groups, false, DTYPE_BF16, w->scales.host);
+        rc = b->core->stage_in(b, &w->scales, 0, count * sizeof(uint16_t));
         if (!rc && zeros) {
             memcpy(w->zeros.host, zeros + row * groups, count);
             rc = b->core->stage_in(b, &w->zeros, 0, count);
         }
         const struct qmat q =
-            model_qmat(l, 0, n, w->packed.device, w->scales.device, zeros ? w->zeros.device : NULL);
+            packed_qmat(l, 0, n, w->packed.device, w->scales.device, zeros ? w->zeros.device : NULL);
         if (!rc)
             rc = compare_block(job, w, l, weight, &q, row, sums, &worst);
     }
@@ -128,11 +133,11 @@ static int open_worker(const struct job *job, struct worker *w)
     for (size_t i = 0; !rc && i < job->cut->n_linears; i++) {
         const struct model_linear *l = &job->cut->linears[i];
         const struct tensor *weight = job->source ? job->source->linears[i].weight : NULL;
-        if (!is_bound(l) || !weight)
+        if (!model_is_bound(l) || !weight)
             continue;
-        const int64_t rows = block_rows(&w->backend, l), n = rows * l->spec->shape[1];
-        keep_greatest(&packed, rows * l->packed->shape[1] * 4);
-        keep_greatest(&groups, rows * l->scales->shape[1]);
+        const int64_t rows = block_rows(&w->backend, l), cols = l->spec->shape[1], n = rows * cols;
+        keep_greatest(&packed, l->direct ? rows * quant_packed_cols(l->scheme, cols) * 4 : n * 2);
+        keep_greatest(&groups, rows * quant_groups(l->scheme, cols));
         keep_greatest(&source, n * (int64_t)dtype_bytes(weight->dtype));
         keep_greatest(&restored, n * 2);
     }
@@ -154,12 +159,12 @@ static int compare_task(void *ctx, size_t index, int worker)
     const struct model_linear *l = &job->cut->linears[index];
     struct weight_report *out = &job->out[index];
     *out = (struct weight_report){.first_bad = -1};
-    if (!is_bound(l))
+    if (!model_is_bound(l))
         return 0;
     out->linear = l;
-    uint16_t *scales;
+    float *scales;
     int8_t *zeros;
-    int rc = model_read_scales(job->cut, l, &scales, &zeros);
+    int rc = packed_read_all_steps(job->cut, l, &scales, &zeros);
     if (rc < 0)
         return rc;
     check_scales(l, scales, out);

@@ -2,6 +2,7 @@
 
 #include "base/err.h"
 #include "base/mem.h"
+#include "runtime/packed.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -17,7 +18,7 @@ static int refuse_quantized(const struct model *m)
                                 "%s: is already quantized (%s), expected a BF16, F16 or F32 model", m->folder,
                                 method);
     }
-    static const char *const suffixes[] = {QUANT_PACKED, ".qweight"};
+    static const char *const suffixes[] = {QUANT_PACKED, QUANT_QWEIGHT};
     for (size_t i = 0; i < m->checkpoint.n_tensors; i++)
         for (size_t s = 0; s < 2; s++) {
             const char *name = m->checkpoint.tensors[i].name;
@@ -145,13 +146,25 @@ static int refuse_present(const struct binding *b, const char *module, const cha
     return rc;
 }
 
-static int bind_packed(const struct binding *b, struct model_linear *l, const char *module)
+/* A tensor that only some write. */
+static int bind_g_idx(const struct binding *b, struct model_linear *l, const char *module, const char *suffix)
+{
+    const struct expected e = {module, suffix, false, DTYPE_I32, 1, {l->spec->shape[1]}};
+    char *name = mem_printf("%s%s", module, suffix);
+    if (!name)
+        return ERR_MEMORY;
+    const int rc = checkpoint_tensor(&b->m->checkpoint, name) ? expect(b, &e, &l->g_idx) : 0;
+    free(name);
+    return rc;
+}
+
+static int bind_by_rows(const struct binding *b, struct model_linear *l, const char *module)
 {
     const struct quant_scheme s = l->scheme;
     const int64_t rows = l->spec->shape[0], cols = l->spec->shape[1], groups = quant_groups(s, cols);
     struct expected e = {module, QUANT_PACKED, false, DTYPE_I32, 2, {rows, quant_packed_cols(s, cols)}};
     int rc = expect(b, &e, &l->packed);
-    e = (struct expected){module, QUANT_SCALE, false, DTYPE_BF16, 2, {rows, groups}};
+    e = (struct expected){module, QUANT_SCALE, true, DTYPE_BF16, 2, {rows, groups}};
     if (!rc)
         rc = expect(b, &e, &l->scales);
     e = (struct expected){module, QUANT_SHAPE, false, DTYPE_I64, 1, {2}};
@@ -163,6 +176,37 @@ static int bind_packed(const struct binding *b, struct model_linear *l, const ch
     if (!rc && s.symmetric)
         rc = refuse_present(b, module, QUANT_ZERO,
                             "is there, although config.json calls the scheme symmetric");
+    return rc ? rc : bind_g_idx(b, l, module, QUANT_GROUP_INDEX);
+}
+
+static int bind_transposed(const struct binding *b, struct model_linear *l, const char *module)
+{
+    const struct quant_scheme s = l->scheme;
+    const int64_t rows = l->spec->shape[0], cols = l->spec->shape[1], groups = quant_groups(s, cols);
+    const bool awq = b->m->quant.layout == QUANT_AWQ;
+    const int64_t zero_words = quant_zero_rows(s, rows), words = quant_packed_cols(s, cols);
+    if (awq && rows % 8)
+        return problem(b, l->spec->name, "has rows that 8 does not divide, which AWQ's packing cannot hold");
+    struct expected e = {module, QUANT_QWEIGHT, false, DTYPE_I32, 2, {words, rows}};
+    if (awq)
+        e = (struct expected){module, QUANT_QWEIGHT, false, DTYPE_I32, 2, {cols, zero_words}};
+    int rc = expect(b, &e, &l->packed);
+    e = (struct expected){module, QUANT_SCALES, true, DTYPE_BF16, 2, {groups, rows}};
+    if (!rc)
+        rc = expect(b, &e, &l->scales);
+    e = (struct expected){module, QUANT_QZEROS, false, DTYPE_I32, 2, {groups, zero_words}};
+    if (!rc)
+        rc = expect(b, &e, s.symmetric ? &l->middle : &l->zeros);
+    return rc ? rc : bind_g_idx(b, l, module, QUANT_G_IDX);
+}
+
+static int bind_packed(const struct binding *b, struct model_linear *l, const char *module)
+{
+    const struct tensor *object;
+    char message[PACKED_MESSAGE_BYTES];
+    int rc = b->m->quant.layout == QUANT_BY_ROWS ? bind_by_rows(b, l, module) : bind_transposed(b, l, module);
+    if (!rc && model_is_bound(l) && (rc = packed_check(b->m, l, &object, message)) > 0)
+        rc = problem(b, object->name, message);
     return rc ? rc : refuse_present(b, module, ".weight", "is there beside the packed weight");
 }
 
@@ -179,8 +223,9 @@ static int bind_linear(const struct binding *b, struct model_linear *l)
         const struct expected e = {module,     ".weight", true,
                                    DTYPE_BF16, 2,         {l->spec->shape[0], l->spec->shape[1]}};
         rc = expect(b, &e, &l->weight);
-        if (!rc)
-            rc = refuse_present(b, module, QUANT_PACKED,
+        static const char *const suffixes[] = {QUANT_PACKED, QUANT_QWEIGHT};
+        for (size_t i = 0; !rc && i < 2; i++)
+            rc = refuse_present(b, module, suffixes[i],
                                 "is there, although config.json leaves it unquantized");
     }
     free(module);
@@ -212,53 +257,15 @@ int model_bind(struct model *m, model_problem on_problem, void *ctx)
     return rc;
 }
 
-/* --- reading -------------------------------------------------------------------------------------------------- */
-
-int model_read_packed(const struct model *m, const struct model_linear *l, int64_t row, int64_t n,
-                      uint32_t *packed)
+bool model_is_bound(const struct model_linear *l)
 {
-    const uint64_t row_bytes = (uint64_t)l->packed->shape[1] * sizeof *packed;
-    return checkpoint_read(&m->checkpoint, l->packed, (uint64_t)row * row_bytes,
-                           (size_t)((uint64_t)n * row_bytes), packed);
+    return l->quantized && l->packed && l->scales && (l->scheme.symmetric || l->zeros);
 }
 
-static int read_zeros(const struct model *m, const struct model_linear *l, int8_t *zeros)
+size_t model_n_dequantized(const struct model *m)
 {
-    uint32_t *words = mem_alloc_aligned((size_t)l->zeros->bytes, "zero points");
-    const int rc =
-        words ? checkpoint_read(&m->checkpoint, l->zeros, 0, (size_t)l->zeros->bytes, words) : ERR_MEMORY;
-    if (!rc)
-        quant_unpack_zeros(l->scheme, words, l->spec->shape[0], l->zeros->shape[1], zeros);
-    free(words);
-    return rc;
-}
-
-int model_read_scales(const struct model *m, const struct model_linear *l, uint16_t **scales, int8_t **zeros)
-{
-    *scales = mem_alloc_aligned((size_t)l->scales->bytes, "scales");
-    *zeros = l->zeros ? mem_alloc((size_t)l->scales->bytes / 2, 1, "zero points") : NULL;
-    int rc = *scales && (*zeros || !l->zeros) ? 0 : ERR_MEMORY;
-    if (!rc)
-        rc = checkpoint_read(&m->checkpoint, l->scales, 0, (size_t)l->scales->bytes, *scales);
-    if (!rc && l->zeros)
-        rc = read_zeros(m, l, *zeros);
-    if (rc < 0) {
-        free(*scales);
-        free(*zeros);
-        *scales = NULL;
-        *zeros = NULL;
-    }
-    return rc;
-}
-
-struct qmat model_qmat(const struct model_linear *l, int64_t row, int64_t n, uint32_t *packed,
-                       uint16_t *scales, int8_t *zeros)
-{
-    const int64_t cols = l->spec->shape[1], words = l->packed->shape[1], groups = l->scales->shape[1];
-    return (struct qmat){.packed = {packed, DTYPE_I32, n, words, words},
-                         .scales = {scales + row * groups, DTYPE_BF16, n, groups, groups},
-                         .zeros = {zeros ? zeros + row * groups : NULL, DTYPE_I8, n, groups, groups},
-                         .bits = l->scheme.bits,
-                         .group = l->scheme.group ? l->scheme.group : cols,
-                         .cols = cols};
+    size_t n = 0;
+    for (size_t i = 0; i < m->n_linears; i++)
+        n += model_is_bound(&m->linears[i]) && !m->linears[i].direct;
+    return n;
 }

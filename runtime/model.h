@@ -1,5 +1,6 @@
 /* A model folder opened and bound: its settings, and for every tensor that the family demands the place where the
- * checkpoint has it. BF16 models and compressed-tensors cuts are the same to everything that comes after. */
+ * checkpoint has it. BF16 models and cuts of every layout are the same to everything that comes after; packed.h reads
+ * what a quantized linear holds. */
 #ifndef GEMCUT_RUNTIME_MODEL_H
 #define GEMCUT_RUNTIME_MODEL_H
 
@@ -14,6 +15,11 @@ struct model_linear {
     struct quant_scheme scheme;                           /* when quantized */
     const struct tensor *weight;                          /* when not quantized */
     const struct tensor *packed, *scales, *zeros, *shape; /* when quantized; zeros: asymmetric only */
+    const struct tensor *middle,
+        *g_idx; /* zero points of a symmetric linear, the columns' groups: where stored */
+    bool
+        direct; /* when quantized: the kernels take it as it is, for its scales are BF16 values; else its weight is
+                    dequantized when it is loaded */
 };
 
 struct model {
@@ -44,16 +50,10 @@ typedef int (*model_problem)(void *ctx, const char *object, const char *message)
  * error that is returned. */
 int model_bind(struct model *m, model_problem on_problem, void *ctx);
 
-/* rows [row, row + n) of a quantized linear, read into the caller's memory: packed [n, words] and, filled by the
- * caller before, scales [rows, groups] and zeros of the whole linear. */
-int model_read_packed(const struct model *m, const struct model_linear *l, int64_t row, int64_t n,
-                      uint32_t *packed);
+/* Whether a quantized linear has all that it needs, after model_bind with problems. */
+bool model_is_bound(const struct model_linear *l);
 
-/* All scales [rows, groups] and zero points (unpacked, in the codes' range; NULL when symmetric), fresh memory. */
-int model_read_scales(const struct model *m, const struct model_linear *l, uint16_t **scales, int8_t **zeros);
-
-/* The view of rows [row, row + n) that the kernels take. */
-struct qmat model_qmat(const struct model_linear *l, int64_t row, int64_t n, uint32_t *packed,
-                       uint16_t *scales, int8_t *zeros);
+/* Quantized linears that are not direct. */
+size_t model_n_dequantized(const struct model *m);
 
 #endif

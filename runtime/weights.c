@@ -3,6 +3,8 @@
 #include "base/err.h"
 #include "base/mem.h"
 #include "base/text.h"
+#include "formats/quant_layout.h"
+#include "runtime/packed.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -15,8 +17,11 @@ enum {
     MAX_LOADERS = 16,
 };
 
+/* A tensor as it lies in the file, or, with `linear`, a linear that is unpacked on the way: its codes by rows, or where
+ * it is not direct its weight. */
 struct transfer {
     const struct tensor *tensor;
+    const struct model_linear *linear;
     char *to; /* on the device */
     size_t first_task;
 };
@@ -55,15 +60,60 @@ static int acquire(struct weights *w, size_t bytes, const char *what, void **out
     return 0;
 }
 
-/* Notes that a tensor is to lie at `to`, as it lies in the file. */
-static int add_transfer(struct loader *l, const struct tensor *t, void *to)
+static int add_task(struct loader *l, struct transfer t, uint64_t n_tasks)
 {
     const int rc = mem_grow(&l->list, &l->capacity, l->n + 1, sizeof *l->list, "the list of tensors");
     if (rc < 0)
         return rc;
-    l->list[l->n++] = (struct transfer){t, to, l->n_tasks};
-    l->n_tasks += (size_t)((t->bytes + PIECE_BYTES - 1) / PIECE_BYTES);
+    t.first_task = l->n_tasks;
+    l->list[l->n++] = t;
+    l->n_tasks += (size_t)n_tasks;
     return 0;
+}
+
+/* Notes that a tensor is to lie at `to`, as it lies in the file. */
+static int add_transfer(struct loader *l, const struct tensor *t, void *to)
+{
+    return add_task(l, (struct transfer){.tensor = t, .to = to}, (t->bytes + PIECE_BYTES - 1) / PIECE_BYTES);
+}
+
+static uint64_t unpacked_row_bytes(const struct model_linear *l)
+{
+    const int64_t cols = l->spec->shape[1];
+    return (uint64_t)(l->direct ? quant_packed_cols(l->scheme, cols) * 4 : cols * 2);
+}
+
+/* Rows that are unpacked at a time: what fits a piece. */
+static int64_t unpacked_rows(const struct model_linear *l)
+{
+    return (int64_t)(PIECE_BYTES / unpacked_row_bytes(l)) / PACKED_ROWS * PACKED_ROWS;
+}
+
+/* Notes that a linear is to lie at `to`, unpacked. */
+static int add_unpacking(struct loader *l, const struct model_linear *from, void *to)
+{
+    const int64_t rows = unpacked_rows(from);
+    if (!rows)
+        return err_set(ERR_UNSUPPORTED, "tensor '%s' has rows of %lld columns, too long to unpack",
+                       from->packed->name, (long long)from->spec->shape[1]);
+    return add_task(l, (struct transfer){.linear = from, .to = to},
+                    (uint64_t)((from->spec->shape[0] + rows - 1) / rows));
+}
+
+static int unpack_task(const struct loader *l, const struct load_worker *k, const struct transfer *t,
+                       size_t task)
+{
+    const struct model_linear *from = t->linear;
+    const int64_t step = unpacked_rows(from), row = (int64_t)task * step, left = from->spec->shape[0] - row;
+    const int64_t n = left < step ? left : step;
+    const uint64_t row_bytes = unpacked_row_bytes(from);
+    char *to = t->to + (uint64_t)row * row_bytes;
+    void *piece = k->backend.host_memory ? to : k->piece.host;
+    const int rc = from->direct ? packed_read_codes(l->m, from, row, n, piece)
+                                : packed_read_weights(l->m, from, row, n, piece);
+    return rc || k->backend.host_memory
+               ? rc
+               : k->backend.core->upload(&k->backend, to, piece, (size_t)((uint64_t)n * row_bytes));
 }
 
 static int transfer_task(void *ctx, size_t task, int worker)
@@ -71,6 +121,8 @@ static int transfer_task(void *ctx, size_t task, int worker)
     const struct loader *l = ctx;
     const struct load_worker *k = &l->workers[worker];
     const struct transfer *t = &l->list[parallel_find(&l->list->first_task, sizeof *l->list, l->n, task)];
+    if (t->linear)
+        return unpack_task(l, k, t, task - t->first_task);
     const uint64_t at = (task - t->first_task) * (uint64_t)PIECE_BYTES;
     const size_t n = (size_t)(t->tensor->bytes - at < PIECE_BYTES ? t->tensor->bytes - at : PIECE_BYTES);
     if (k->backend.host_memory)
@@ -154,78 +206,118 @@ static int load_tensor(struct loader *l, const struct tensor *t, struct mat *out
 
 /* --- linears ------------------------------------------------------------------------------------------------------ */
 
+/* Whether it is packed on the device too. */
+static bool is_packed(const struct model_linear *l)
+{
+    return l->quantized && l->direct;
+}
+
+/* Of a linear that is not packed on the device. */
+static enum dtype plain_dtype(const struct model_linear *l)
+{
+    return l->quantized ? DTYPE_BF16 : l->weight->dtype;
+}
+
 static bool same_form(const struct model_linear *a, const struct model_linear *b)
 {
-    if (a->quantized != b->quantized)
+    if (is_packed(a) != is_packed(b))
         return false;
-    return a->quantized ? a->scheme.bits == b->scheme.bits && a->scheme.group == b->scheme.group &&
+    return is_packed(a) ? a->scheme.bits == b->scheme.bits && a->scheme.group == b->scheme.group &&
                               a->scheme.symmetric == b->scheme.symmetric
-                        : a->weight->dtype == b->weight->dtype;
+                        : plain_dtype(a) == plain_dtype(b);
+}
+
+static int64_t count_rows(const struct model_linear *const *members, int n)
+{
+    int64_t rows = 0;
+    for (int i = 0; i < n; i++)
+        rows += members[i]->spec->shape[0];
+    return rows;
 }
 
 /* Linears of equal form, one below the other in one matrix; parts[i] are its rows that belong to members[i]. */
 static int load_plain_rows(struct loader *l, const struct model_linear *const *members, int n,
                            struct linear *whole, struct linear *parts)
 {
-    const struct tensor *first = members[0]->weight;
-    const int64_t cols = first->shape[1];
-    int64_t rows = 0;
+    const struct model_linear *first = members[0];
+    const enum dtype dtype = plain_dtype(first);
+    const int64_t cols = first->spec->shape[1], rows = count_rows(members, n);
     void *data = NULL;
-    for (int i = 0; i < n; i++)
-        rows += members[i]->weight->shape[0];
-    int rc = acquire(l->w, (size_t)(rows * cols) * dtype_bytes(first->dtype), first->name, &data);
-    *whole = (struct linear){.weight = {data, first->dtype, rows, cols, cols}};
-    for (int64_t i = 0, row = 0; !rc && i < n; row += members[i++]->weight->shape[0]) {
-        parts[i] = (struct linear){.weight = mat_rows(&whole->weight, row, members[i]->weight->shape[0])};
-        rc = add_transfer(l, members[i]->weight, parts[i].weight.data);
+    int rc = acquire(l->w, (size_t)(rows * cols) * dtype_bytes(dtype), first->spec->name, &data);
+    *whole = (struct linear){.weight = {data, dtype, rows, cols, cols}};
+    for (int64_t i = 0, row = 0; !rc && i < n; row += members[i++]->spec->shape[0]) {
+        parts[i] = (struct linear){.weight = mat_rows(&whole->weight, row, members[i]->spec->shape[0])};
+        void *to = parts[i].weight.data;
+        rc = members[i]->quantized ? add_unpacking(l, members[i], to)
+                                   : add_transfer(l, members[i]->weight, to);
     }
     return rc;
 }
 
-/* Zero points lie packed along the rows in the file; they are few, and unpacked on the way. */
-static int load_zeros(struct loader *l, const struct model_linear *from, const struct mat *zeros)
+/* Whether a tensor of a packed linear lies in the file as the kernels take it. */
+static bool lies_by_rows(const struct loader *l, const struct tensor *t)
 {
-    uint16_t *scales;
-    int8_t *host;
-    int rc = model_read_scales(l->m, from, &scales, &host);
-    if (rc < 0)
-        return rc;
-    rc = l->w->backend->core->upload(l->w->backend, zeros->data, host, (size_t)(zeros->rows * zeros->cols));
+    return l->m->quant.layout == QUANT_BY_ROWS && (t->dtype == DTYPE_BF16 || t->dtype == DTYPE_I32);
+}
+
+/* Scales that have another type or order, and zero points, which always lie packed: few, and converted on the way. */
+static int load_steps(struct loader *l, const struct model_linear *from, const struct qmat *q)
+{
+    const struct core_ops *core = l->w->backend->core;
+    const int64_t rows = q->scales.rows, groups = q->scales.cols;
+    const size_t n = (size_t)(rows * groups);
+    const bool scales_too = !lies_by_rows(l, from->scales);
+    float *scales = NULL;
+    int8_t *zeros = NULL;
+    if (!scales_too && !from->zeros)
+        return 0;
+    uint16_t *in_bf16 = mem_alloc_aligned(n * sizeof *in_bf16, "scales");
+    int rc = in_bf16 ? packed_read_all_steps(l->m, from, &scales, &zeros) : ERR_MEMORY;
+    if (!rc && scales_too) {
+        layout_write_scales(scales, rows, groups, false, DTYPE_BF16, in_bf16);
+        rc = core->upload(l->w->backend, q->scales.data, in_bf16, n * sizeof *in_bf16);
+    }
+    if (!rc && zeros)
+        rc = core->upload(l->w->backend, q->zeros.data, zeros, n);
+    free(in_bf16);
     free(scales);
-    free(host);
+    free(zeros);
     return rc;
+}
+
+static int load_packed(struct loader *l, const struct model_linear *from, const struct qmat *q)
+{
+    int rc = lies_by_rows(l, from->packed) ? add_transfer(l, from->packed, q->packed.data)
+                                           : add_unpacking(l, from, q->packed.data);
+    if (!rc && lies_by_rows(l, from->scales))
+        rc = add_transfer(l, from->scales, q->scales.data);
+    return rc ? rc : load_steps(l, from, q);
 }
 
 static int load_packed_rows(struct loader *l, const struct model_linear *const *members, int n,
                             struct linear *whole, struct linear *parts)
 {
     const struct model_linear *first = members[0];
-    const size_t words = (size_t)first->packed->shape[1], groups = (size_t)first->scales->shape[1];
-    size_t rows = 0;
+    const int64_t cols = first->spec->shape[1], rows = count_rows(members, n);
+    const int64_t words = quant_packed_cols(first->scheme, cols), groups = quant_groups(first->scheme, cols);
     void *packed = NULL, *scales = NULL, *zeros = NULL;
-    for (int i = 0; i < n; i++)
-        rows += (size_t)members[i]->packed->shape[0];
-    int rc = acquire(l->w, rows * words * sizeof(uint32_t), first->packed->name, &packed);
+    int rc = acquire(l->w, (size_t)(rows * words) * sizeof(uint32_t), first->packed->name, &packed);
     if (!rc)
-        rc = acquire(l->w, rows * groups * sizeof(uint16_t), first->scales->name, &scales);
+        rc = acquire(l->w, (size_t)(rows * groups) * sizeof(uint16_t), first->scales->name, &scales);
     if (!rc && first->zeros)
-        rc = acquire(l->w, rows * groups, first->zeros->name, &zeros);
+        rc = acquire(l->w, (size_t)(rows * groups), first->zeros->name, &zeros);
     if (rc < 0)
         return rc;
-    *whole = (struct linear){true, .packed = model_qmat(first, 0, (int64_t)rows, packed, scales, zeros)};
-    for (int64_t i = 0, row = 0; !rc && i < n; row += members[i++]->packed->shape[0]) {
-        const int64_t part = members[i]->packed->shape[0];
+    *whole = (struct linear){true, .packed = packed_qmat(first, 0, rows, packed, scales, zeros)};
+    for (int64_t i = 0, row = 0; !rc && i < n; row += members[i++]->spec->shape[0]) {
+        const int64_t part = members[i]->spec->shape[0];
         struct qmat q = whole->packed;
         q.packed = mat_rows(&q.packed, row, part);
         q.scales = mat_rows(&q.scales, row, part);
         if (zeros)
             q.zeros = mat_rows(&q.zeros, row, part);
         parts[i] = (struct linear){true, .packed = q};
-        rc = add_transfer(l, members[i]->packed, q.packed.data);
-        if (!rc)
-            rc = add_transfer(l, members[i]->scales, q.scales.data);
-        if (!rc && zeros)
-            rc = load_zeros(l, members[i], &q.zeros);
+        rc = load_packed(l, members[i], &q);
     }
     return rc;
 }
@@ -233,7 +325,7 @@ static int load_packed_rows(struct loader *l, const struct model_linear *const *
 static int load_rows(struct loader *l, const struct model_linear *const *members, int n, struct linear *whole,
                      struct linear *parts)
 {
-    return members[0]->quantized ? load_packed_rows(l, members, n, whole, parts)
+    return is_packed(members[0]) ? load_packed_rows(l, members, n, whole, parts)
                                  : load_plain_rows(l, members, n, whole, parts);
 }
 
@@ -407,10 +499,14 @@ uint64_t weights_part_bytes(const struct model *m, int part)
     uint64_t bytes = 0;
     for (size_t i = 0; i < m->n_linears; i++) {
         const struct model_linear *l = &m->linears[i];
-        if (l->spec->layer == part)
-            bytes += l->quantized
-                         ? l->packed->bytes + l->scales->bytes + (l->zeros ? l->scales->bytes / 2 : 0)
-                         : l->weight->bytes;
+        const int64_t rows = l->spec->shape[0], cols = l->spec->shape[1];
+        const int64_t groups = l->quantized ? quant_groups(l->scheme, cols) : 0;
+        if (l->spec->layer != part)
+            continue;
+        bytes +=
+            (uint64_t)rows *
+            (is_packed(l) ? (uint64_t)(quant_packed_cols(l->scheme, cols) * 4 + groups * (l->zeros ? 3 : 2))
+                          : (uint64_t)cols * dtype_bytes(plain_dtype(l)));
     }
     for (size_t i = 0; i < m->tensors.n; i++)
         if (!gemma_is_linear(m->tensors.list[i].role) && m->tensors.list[i].layer == part)

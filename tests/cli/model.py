@@ -1,6 +1,7 @@
 """Checkpoints for the command-line tests, with the standard library alone: reading a model folder, changing its
 header, tensors or settings, and writing it again, well-formed or not."""
 import array
+import copy
 import json
 import pathlib
 import shutil
@@ -79,6 +80,44 @@ def pack(m, names):
         header[name] = m.header[name] | {"data_offsets": [len(data), len(data) + end - begin]}
         data += m.data[begin:end]
     m.header, m.data = header, data
+
+
+# --- random damage ---
+
+VALUES = [None, True, False, 0, 1, -1, 2, 3, 0.5, 1e300, -1e300, 2**31, 2**53, 2**63, "", "x", "bfloat16", [], {}, [1],
+          {"a": 1}, ["full_attention"], "sliding_attention", "\u0000", "é" * 200]
+
+
+def random_member(rng, value):
+    """A random place in a JSON value: (container, key)."""
+    places = []
+
+    def walk(v):
+        for k in (v if isinstance(v, dict) else range(len(v)) if isinstance(v, list) else ()):
+            places.append((v, k))
+            walk(v[k])
+    walk(value)
+    return rng.choice(places)
+
+
+def change_member(rng, value):
+    container, key = random_member(rng, value)
+    how = rng.randrange(4)
+    if how == 0 and isinstance(container, dict):
+        del container[key]
+    elif how == 1 and isinstance(container[key], (int, float)) and not isinstance(container[key], bool):
+        container[key] = container[key] + rng.choice([-1, 1, 128, -128]) if rng.random() < .7 else -container[key]
+    elif how == 2 and isinstance(container, dict):
+        container[rng.choice(list(container))] = copy.deepcopy(container[key])
+    else:
+        container[key] = rng.choice(VALUES)
+
+
+def flip_bytes(rng, data):
+    data = bytearray(data)
+    for _ in range(rng.choice([1, 1, 2, 8, 64])):
+        data[rng.randrange(len(data))] = rng.randrange(256)
+    return bytes(data)
 
 
 class Tests:

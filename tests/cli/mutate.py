@@ -14,45 +14,11 @@ import shutil
 import sys
 import tempfile
 
-from model import Model, run
+from model import Model, change_member, flip_bytes, run
 
 GEMCUT, MODEL = pathlib.Path(sys.argv[1]).resolve(), sys.argv[2]
 COUNT, SEED = int(sys.argv[3]) if len(sys.argv) > 3 else 400, int(sys.argv[4]) if len(sys.argv) > 4 else 1
 METHODS = {True: ("--samples", 2, "--length", 32, "--scales", "weighted", "--refine", 1), False: ("--method", "rtn")}
-VALUES = [None, True, False, 0, 1, -1, 2, 3, 0.5, 1e300, -1e300, 2**31, 2**53, 2**63, "", "x", "bfloat16", [], {}, [1],
-          {"a": 1}, ["full_attention"], "sliding_attention", "\u0000", "é" * 200]
-
-
-def random_member(rng, value):
-    """A random place in a JSON value: (container, key)."""
-    places = []
-
-    def walk(v):
-        for k in (v if isinstance(v, dict) else range(len(v)) if isinstance(v, list) else ()):
-            places.append((v, k))
-            walk(v[k])
-    walk(value)
-    return rng.choice(places)
-
-
-def change_member(rng, value):
-    container, key = random_member(rng, value)
-    how = rng.randrange(4)
-    if how == 0 and isinstance(container, dict):
-        del container[key]
-    elif how == 1 and isinstance(container[key], (int, float)) and not isinstance(container[key], bool):
-        container[key] = container[key] + rng.choice([-1, 1, 128, -128]) if rng.random() < .7 else -container[key]
-    elif how == 2 and isinstance(container, dict):
-        container[rng.choice(list(container))] = copy.deepcopy(container[key])
-    else:
-        container[key] = rng.choice(VALUES)
-
-
-def flip_bytes(rng, data):
-    data = bytearray(data)
-    for _ in range(rng.choice([1, 1, 2, 8, 64])):
-        data[rng.randrange(len(data))] = rng.randrange(256)
-    return bytes(data)
 
 
 def mutate(rng, m, folder):

@@ -84,8 +84,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     try_gemma(&cfg);
     if (json_exists(cfg.quantization))
         try_quant(cfg.quantization);
-    else
-        try_splice(&cfg);
+    try_splice(&cfg);
     hf_config_close(&cfg);
     return 0;
 }

@@ -43,6 +43,15 @@ for dialect in hub model; do
     check "multimodal, $dialect names: make" "$python" tests/interop/make_tiny_gemma3_mm.py "$tmp/mm-$dialect" --dialect "$dialect"
     cut_and_load "mm-$dialect-cut" "$tmp/mm-$dialect" $rtn
 done
+for format in auto-round gptq; do
+    check "$format: cut" "$gemcut" quantize $tiny "$tmp/range-$format" -q $rtn --format $format
+    check "$format, mixed: cut" "$gemcut" quantize $tiny "$tmp/mixed-$format" -q $rtn --ignore '*layers.2.mlp.down_proj' \
+        --override '*self_attn.q_proj=w8a16,64' --shard-size 4MB --format $format
+    check "$format, gptq: convert" "$gemcut" convert "$tmp/gptq" "$tmp/gptq-$format" -q --format $format
+done
+check "layouts" "$python" tests/interop/test_layouts.py "$tmp/range" "$tmp/range-auto-round" "$tmp/range-gptq"
+check "layouts, mixed" "$python" tests/interop/test_layouts.py "$tmp/mixed" "$tmp/mixed-auto-round" "$tmp/mixed-gptq"
+check "layouts, converted" "$python" tests/interop/test_layouts.py "$tmp/gptq" "$tmp/gptq-auto-round" "$tmp/gptq-gptq"
 logits range $tiny --ids 700 # two pieces of prefill
 logits w8-channel $tiny
 logits mixed $tiny

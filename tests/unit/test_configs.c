@@ -217,7 +217,7 @@ static void test_quant_config_refused(void **state)
     static const struct {
         const char *text, *message;
     } bad[] = {
-        {QUANT("gptq", "pack-quantized", "{}"), "is 'gptq', expected compressed-tensors"},
+        {QUANT("awq", "pack-quantized", "{}"), "is 'awq', expected compressed-tensors"},
         {QUANT("compressed-tensors", "int-quantized", "{}"), "is 'int-quantized', expected pack-quantized"},
         {CT("null"), "has no member 'weights'"},
         {CT("{\"num_bits\": 3, \"strategy\": \"group\", \"group_size\": 32}"),

@@ -257,7 +257,7 @@ static void check_described(const struct recipe *r, struct quant_config *q)
 {
     struct recipe_plan plan;
     resolve(&plan, r);
-    assert_ok(recipe_quant_config(q, &plan, r, &config));
+    assert_ok(recipe_quant_config(q, &plan, r->format, recipe_act_order(r), &config));
     for (size_t i = 0; i < plan.n; i++) {
         const struct linear_plan *l = &plan.linears[i];
         char *module = gemma_module(l->tensor);
@@ -359,7 +359,7 @@ static void test_written(void **state)
     recipe_write(&r, &t);
     assert_ok(text_finish(&t));
     assert_string_equal(t.data,
-                        "{\"method\": \"rtn\", \"scheme\": \"w4a16-asym\", \"group_size\": 64, \"scales\": "
+                        "{\"method\": \"rtn\", \"format\": \"compressed-tensors\", \"scheme\": \"w4a16-asym\", \"group_size\": 64, \"scales\": "
                         "\"mse\", \"scale_sign\": \"positive\", \"ragged\": \"keep\", \"ignore\": "
                         "[\"*.q_proj\"], \"only\": [], \"override\": [{\"glob\": \"*.o_proj\", \"scheme\": "
                         "\"w8a16\", \"group_size\": \"channel\"}], \"allow_nonfinite\": true}");

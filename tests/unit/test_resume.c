@@ -126,6 +126,27 @@ static void test_killed_again(void **state)
     assert_int_equal(resume(o), N_LINEARS);
 }
 
+/* Formats that are written transposed are read back transposed. */
+static void test_killed_in_other_formats(void **state)
+{
+    (void)state;
+    for (int f = QUANT_AUTO_ROUND; f < N_QUANT_FORMATS; f++) {
+        struct cut_options whole = options(support_path("whole-%d", f)),
+                           o = options(support_path("part-%d", f));
+        whole.recipe.scheme.symmetric = o.recipe.scheme.symmetric = true;
+        whole.recipe.format = o.recipe.format = (enum quant_format)f;
+        assert_ok(cutting_run(&whole, &cutting_silent));
+        kill_after(o, 9);
+        o.resume = true;
+        struct cut *c;
+        assert_ok(cut_open(&c, &o));
+        assert_ok(cut_run(c, &cutting_silent));
+        assert_true(cut_recalled(c) >= 6);
+        cut_close(c);
+        cutting_check_same(o.out, whole.out);
+    }
+}
+
 /* --- what does not fit ------------------------------------------------------------------------------------------ */
 
 /* Turns over one byte of a file, counted from its end. */
@@ -242,15 +263,11 @@ static void test_interrupted(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_killed_anywhere),
-        cmocka_unit_test(test_tuning_killed_anywhere),
-        cmocka_unit_test(test_killed_again),
-        cmocka_unit_test(test_damaged_codes),
-        cmocka_unit_test(test_torn_journal),
-        cmocka_unit_test(test_other_request),
-        cmocka_unit_test(test_anew),
-        cmocka_unit_test(test_nothing_to_resume),
-        cmocka_unit_test(test_interrupted),
+        cmocka_unit_test(test_killed_anywhere),   cmocka_unit_test(test_tuning_killed_anywhere),
+        cmocka_unit_test(test_killed_again),      cmocka_unit_test(test_killed_in_other_formats),
+        cmocka_unit_test(test_damaged_codes),     cmocka_unit_test(test_torn_journal),
+        cmocka_unit_test(test_other_request),     cmocka_unit_test(test_anew),
+        cmocka_unit_test(test_nothing_to_resume), cmocka_unit_test(test_interrupted),
     };
     return cmocka_run_group_tests(tests, make_data, support_remove_folder);
 }
