@@ -9,7 +9,6 @@ float32 on the CPU. Exit 1 when the KL lies outside its bounds (--min-kl catches
 Run it with the python of tools/interop-env.
 """
 import argparse
-import copy
 import math
 import os
 import pathlib
@@ -20,19 +19,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 
-from cut import bits_of, canonical, read, split, weight
-
-
-def load_cut(base, folder):
-    """The base model with the cut's weights; every parameter must be given."""
-    parts, plain = split(read(folder))
-    given = {canonical(n): t for n, t in plain.items()}
-    given |= {canonical(m + ".weight"): weight(p, bits_of(p)) for m, p in parts.items()}
-    model = copy.deepcopy(base)
-    with torch.no_grad():
-        for name, p in model.named_parameters():          # tied weights come once
-            p.copy_(given.pop(canonical(name)))
-    return model, len(parts)
+from cut import into
 
 
 def windows(folder, text, length, count):
@@ -71,7 +58,7 @@ def main():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     base = transformers.AutoModelForCausalLM.from_pretrained(a.base, dtype=torch.float32).eval()
-    cut, n_modules = load_cut(base, a.cut)
+    cut, n_modules = into(base, a.cut)
     win = windows(a.base, a.text.read_text(encoding="utf-8"), a.len, a.windows)
     kl, ppl_base, ppl, top1, n = compare(base, cut, win)
     good = a.min_kl <= kl <= a.max_kl        # false for NaN

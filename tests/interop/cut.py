@@ -1,4 +1,5 @@
 """Reading a cut checkpoint from its bytes alone, for the interop tests: no code of any client takes part."""
+import copy
 import json
 import pathlib
 
@@ -7,6 +8,7 @@ from safetensors import safe_open
 
 CT_PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+AWQ_PLACE = (0, 4, 1, 5, 2, 6, 3, 7)     # which field of a word holds the first, second… of eight columns
 
 
 def read(folder):
@@ -46,9 +48,21 @@ def fields(words, bits, dim):
     return torch.stack(parts, dim + 1).flatten(dim, dim + 1)
 
 
+def is_awq(p):
+    """AWQ packs along a row's outputs, GPTQ along its inputs."""
+    return "qweight" in p and p["qweight"].shape[1] < p["scales"].shape[1]
+
+
+def awq_fields(words):
+    """4-bit numbers in AWQ's order, laid out along dim 1."""
+    return fields(words, 4, 1).unflatten(1, (-1, 8))[:, :, AWQ_PLACE].flatten(1)
+
+
 def weight(p, bits):
-    """bf16((q - z) * scale), [rows, cols]: the product of a small integer and a BF16 is exact in float32."""
-    if "qweight" in p:                                   # GPTQ: everything transposed, zeros stored less one
+    """bf16((q - z) * scale), [rows, cols]: the product of a small integer and a BF16 or F16 is exact in float32."""
+    if is_awq(p):                                        # everything transposed, zeros stored as they are
+        q, scale, z = awq_fields(p["qweight"]).T, p["scales"].T, awq_fields(p["qzeros"]).T
+    elif "qweight" in p:                                 # GPTQ: everything transposed, zeros stored less one
         q, scale = fields(p["qweight"], bits, 0).T, p["scales"].T
         z = fields(p["qzeros"], bits, 1).T[:len(q)] + 1
     else:
@@ -69,6 +83,23 @@ def bits_of(p):
         return 32 * p["qzeros"].shape[1] // p["scales"].shape[1]
     cols = p["weight_shape"].tolist()[1]
     return next(b for b in (4, 8) if p["weight_packed"].shape[1] == -(-cols * b // 32))
+
+
+def weights(folder):
+    """-> ({canonical name: tensor} of everything in a cut, quantized weights in BF16, number of quantized modules)"""
+    modules, plain = split(read(folder))
+    given = {canonical(name): t for name, t in plain.items()}
+    return given | {canonical(m + ".weight"): weight(p, bits_of(p)) for m, p in modules.items()}, len(modules)
+
+
+def into(base, folder):
+    """-> (a copy of the base model with the cut's weights, number of quantized modules); every parameter must be given."""
+    given, n_modules = weights(folder)
+    model = copy.deepcopy(base)
+    with torch.no_grad():
+        for name, p in model.named_parameters():          # tied weights come once
+            p.copy_(given.pop(canonical(name)))
+    return model, n_modules
 
 
 def config(folder):

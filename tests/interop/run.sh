@@ -1,10 +1,19 @@
 #!/usr/bin/env bash
 # Other people's software on our output, on the CPU.
-#   tests/interop/run.sh BUILD_DIR [--data DIR]     DIR: see docs/testing.md
+#   tests/interop/run.sh BUILD_DIR [--data DIR] [--peers]     DIR: see docs/testing.md
+# --peers also runs peers.sh, which needs two more Python environments of 1.4 GB.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-build=$(realpath "$1") data=
-[ "${2:-}" = --data ] && data=$(realpath "$3")
+build=$(realpath "$1") data= peers=0
+shift
+while [ $# -gt 0 ]; do
+    case $1 in
+    --data) data=$(realpath "$2"); shift ;;
+    --peers) peers=1 ;;
+    *) echo "run.sh: unknown option '$1' (--data, --peers)" >&2; exit 2 ;;
+    esac
+    shift
+done
 gemcut=$build/gemcut
 python=$(tools/interop-env)
 tmp=$(mktemp -d)
@@ -80,6 +89,12 @@ else
     # the first window of WikiText-2 test alone; docs/benchmarks.md has all 64
     check "KL, 270M, range" "$python" tests/interop/check_kl.py "$big" "$tmp/270m-range" --text "$tmp/wiki.test.raw" \
         --windows 1 --len 1024 --min-kl 0.3 --max-kl 0.8
+fi
+if [ "$peers" = 1 ]; then
+    echo "== peers"
+    if ! tests/interop/peers.sh "$build"; then failed=$((failed + 1)); fi
+else
+    echo "not run: other quantizers' output (no --peers)"
 fi
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

@@ -18,7 +18,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import torch
 import transformers
 
-from check_kl import load_cut, windows
+from check_kl import windows
+from cut import into
 
 ROWS = 64       # of logits at a time: four tables of 64 rows are 270 MB for 262144 words
 counts = {True: 0, False: 0}
@@ -65,7 +66,7 @@ def main():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     base = transformers.AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32).eval()
-    cut, _ = load_cut(base, a.cut)
+    cut, _ = into(base, a.cut)
     text = windows(a.model, a.text.read_text(encoding="utf-8"), a.length, a.windows)
     kl, nll_base, nll_cut, same = torch.cat([r for w in text for r in rows_of(base, cut, w)], 1)
 
