@@ -251,7 +251,7 @@ static const double qkv = 512 * 256, o = 256 * 256, gate_up = 1536 * 256, down =
 
 static void work_of_gptq(void **state)
 {
-    const struct recipe_args args = {"gptq", "auto", .damping = 0.01, .passes = 3};
+    const struct recipe_args args = {"gptq", "auto", .damping = 0.01, .passes = 3, .tune = TUNE_ARGS_NONE};
     const double weights = qkv + o + gate_up + down, tokens = 3 * 200, k2 = 256 * 256, wide2 = 768 * 768,
                  products = (512 + 256 + 1536) * k2 + 256 * wide2; /* Σ N·K² of a layer */
     /* tokens 1 … 128 see as many keys, 72 more see 128 where there is a window */
@@ -283,7 +283,8 @@ static void work_of_gptq(void **state)
 /* Scales under a Hessian without a sweep; one scale a row. */
 static void work_of_searched_scales(void **state)
 {
-    const struct recipe_args args = {"rtn", "weighted", .damping = 0.01, .passes = 2};
+    const struct recipe_args args = {"rtn", "weighted", .damping = 0.01, .passes = -1,
+                                     .tune = TUNE_ARGS_NONE};
     double w[N_WORK];
     (void)state;
     count(w, &args, "channel", 64, true);
@@ -291,6 +292,54 @@ static void work_of_searched_scales(void **state)
     assert_true(w[WORK_SEARCH] == 6 * (qkv + o + gate_up + down) * 2 * 61);
     assert_true(w[WORK_MEASURE] > 0);
     assert_true(w[WORK_DELIVER] == 6 * ((qkv + o + gate_up + down) / 2 + 2 * (512 + 256 + 1536 + 256)));
+}
+
+/* Five iterations of two of the three samples. */
+static const struct recipe_args tuning = {"autoround", "auto", .damping = 0.01, .passes = -1,
+                                          .tune = {.iterations = 5, .batch = 2, .init = -1}};
+
+static void work_of_tuning(void **state)
+{
+    const double weights = qkv + o + gate_up + down, tokens = 3 * 200, step = 2 * 200,
+                 windowed = 128 * 129 / 2 + 72 * 128, global = 200 * 201 / 2;
+    struct recipe_args args = tuning;
+    double w[N_WORK], gptq[N_WORK];
+    (void)state;
+    count(w, &args, "128", 200, true);
+    /* the reference, the inputs but of the last block, and GPTQ's pass, which ends before down */
+    assert_true(w[WORK_FORWARD] == 2 * tokens * ((6 + 5) * weights + 6 * (weights - down)) +
+                                       4 * 256 * 3 * (5 * 3 * windowed + 2 * global));
+    /* forward five times and once to judge; by the weights and by all inputs but q/k/v's five times */
+    const double once = 4 * 256 * 2 * (5 * windowed + global);
+    assert_true(w[WORK_TUNE] ==
+                6 * 2 * step * (6 * weights + 5 * weights + 5 * (weights - qkv)) + once * (6 + 5 * 2.5));
+    /* what comes of Hessians is as without a tuning */
+    count(gptq, &(struct recipe_args){"gptq", "auto", .damping = 0.01, .passes = 1, .tune = TUNE_ARGS_NONE},
+          "128", 200, true);
+    for (int i = WORK_HESSIAN; i <= WORK_DESCEND; i++)
+        assert_true(w[i] == gptq[i]);
+    assert_true(gptq[WORK_TUNE] == 0 && w[WORK_DELIVER] == gptq[WORK_DELIVER]);
+    /* whether inputs of down are kept or not, and no more samples than there are */
+    args.tune.batch = 8;
+    count(gptq, &args, "128", 200, false);
+    assert_true(gptq[WORK_FORWARD] == w[WORK_FORWARD] &&
+                fabs(gptq[WORK_TUNE] / (w[WORK_TUNE] * 1.5) - 1) < 1e-12);
+}
+
+/* From the range, and every iterate judged by its own mini-batch. */
+static void work_of_compatible_tuning(void **state)
+{
+    const double weights = qkv + o + gate_up + down, tokens = 3 * 64, step = 2 * 64, pairs = 64 * 65 / 2;
+    struct recipe_args args = tuning;
+    double w[N_WORK];
+    (void)state;
+    args.tune.compat = true;
+    count(w, &args, "128", 64, true);
+    assert_true(w[WORK_FORWARD] == (6 + 5) * (2 * tokens * weights + 4 * 256 * 3 * pairs));
+    assert_true(w[WORK_TUNE] == 6 * 5 * (2 * step * (3 * weights - qkv) + (4 + 10) * 256 * 2 * pairs));
+    for (int i = WORK_HESSIAN; i <= WORK_DESCEND; i++)
+        assert_true(w[i] == 0);
+    assert_true(w[WORK_DELIVER] == 6 * weights * (0.5 + 2.0 / 128));
 }
 
 static void random_ids(void **state)
@@ -342,8 +391,9 @@ static void methods_and_scales(void **state)
         {"gptq", "auto", NULL, true, SCALE_BLOCK, 4},       {"gptq", "range", NULL, true, SCALE_RANGE, 4}};
     (void)state;
     for (size_t i = 0; i < N_OF(cases); i++) {
-        const struct recipe_args args = {cases[i].method, cases[i].scales, .passes = 4,
-                                         .calib.text = cases[i].text};
+        const struct recipe_args args = {cases[i].method, cases[i].scales,
+                                         .passes = cases[i].passes ? cases[i].passes : -1,
+                                         .calib.text = cases[i].text, .tune = TUNE_ARGS_NONE};
         struct recipe r = {0};
         assert_ok(recipe_args_apply(&args, &r));
         assert_string_equal(r.method, cases[i].method);
@@ -369,6 +419,8 @@ int main(void)
         cmocka_unit_test(checkpoints_are_reproducible),
         cmocka_unit_test(work_of_gptq),
         cmocka_unit_test(work_of_searched_scales),
+        cmocka_unit_test(work_of_tuning),
+        cmocka_unit_test(work_of_compatible_tuning),
         cmocka_unit_test(random_ids),
         cmocka_unit_test(lengths_fit_the_context),
         cmocka_unit_test(methods_and_scales),
