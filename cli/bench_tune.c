@@ -133,7 +133,6 @@ static void close_tuning(struct tuning_run *r)
     weights_free(&r->weights);
     r->tuner = NULL;
     r->capture = NULL;
-    r->weights = (struct weights){0};
 }
 
 /* Release with close_run whatever it returns. */
