@@ -318,3 +318,34 @@ int bench_read_peak(const struct backend *b, struct parallel *pool, double *byte
     b->core->release(b, &r.index);
     return rc;
 }
+
+struct copying {
+    const struct backend *b;
+    struct buf from, to;
+};
+
+static int copy_call(void *ctx, int64_t i)
+{
+    (void)i;
+    const struct copying *c = ctx;
+    return c->b->core->copy(c->b, c->to.ptr, c->from.ptr, c->from.bytes);
+}
+
+int bench_copy_peak(const struct backend *b, double *bytes)
+{
+    const int64_t n = b->host_memory ? 256 << 20 : 1 << 30;
+    struct copying c = {.b = b};
+    struct bench_time t;
+    int rc = b->core->acquire(b, (size_t)n, "bytes to copy", &c.from);
+    if (!rc)
+        rc = b->core->acquire(b, (size_t)n, "bytes to copy", &c.to);
+    if (!rc) /* memory that nobody has touched may be no memory yet */
+        rc = b->core->zero(b, &(struct mat){c.from.ptr, DTYPE_I8, 1, n, n});
+    if (!rc)
+        rc = bench_time(b, BENCH_PEAK_ROUNDS, copy_call, &c, &t);
+    if (!rc)
+        *bytes = fmax(*bytes, 2 * (double)n / t.median);
+    b->core->release(b, &c.from);
+    b->core->release(b, &c.to);
+    return rc;
+}

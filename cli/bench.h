@@ -32,6 +32,7 @@ int bench_ops(const struct bench *q);
 int bench_prefill(const struct bench *q);
 int bench_decode(const struct bench *q);
 int bench_quantize(const struct bench *q);
+int bench_tune(const struct bench *q);
 
 const char *bench_commit(void); /* what was built: git describe, or "unknown" */
 
@@ -87,6 +88,8 @@ int bench_gemm_peak(const struct backend *b, struct parallel *pool, double *flop
 int bench_gemv_peak(const struct backend *b, struct parallel *pool, double *bytes);
 /* Bytes/s of find_nonfinite over 2 GiB (the CPU: 1 GiB): a pure read. On the CPU the pool's workers share it. */
 int bench_read_peak(const struct backend *b, struct parallel *pool, double *bytes);
+/* Bytes/s, read and written, of a copy of 1 GiB from one place on the device to another (the CPU: 256 MiB). */
+int bench_copy_peak(const struct backend *b, double *bytes);
 
 int64_t bench_many_tokens(const struct backend *b); /* 16384; the CPU: 512 */
 

@@ -206,6 +206,13 @@ static void put_sum(const struct result *r, struct human_table *table)
     human_table_cell(table, "-");
 }
 
+/* Samples of an iteration. */
+static int64_t batch_of(const struct result *r)
+{
+    const int64_t batch = r->q->recipe.tune.batch;
+    return batch < r->data.samples ? batch : r->data.samples;
+}
+
 static void put_head(const struct result *r, struct text *out)
 {
     const struct bench *q = r->q;
@@ -218,10 +225,16 @@ static void put_head(const struct result *r, struct text *out)
     text_add(out, q->no_verify ? ", not read back\n" : ", read back\n");
     text_printf(out, "calibration  %lld samples of %lld random tokens, %lld at a time\n",
                 (long long)r->data.samples, (long long)r->data.length, (long long)plan->capture.batch);
+    if (plan->micro_batch)
+        text_printf(
+            out, "tuning       %lld iteration%s on each block, %lld samples each, %lld at a time, from %s\n",
+            (long long)q->recipe.tune.iterations, q->recipe.tune.iterations == 1 ? "" : "s",
+            (long long)batch_of(r), (long long)plan->micro_batch,
+            q->recipe.tune.init == TUNE_FROM_CODES ? "codes" : "the range");
     text_printf(out, "memory       %s of the device, %s of the host, as planned%s%s\n",
                 human_bytes(plan->device_bytes).s, human_bytes(plan->host_bytes).s,
                 plan->capture.states_on_host ? "; states on the host" : "",
-                plan->capture.keep_inner ? "" : "; gate and up run twice");
+                plan->capture.keep_inner || plan->micro_batch ? "" : "; gate and up run twice");
     text_printf(out, "bytes        %s in, %s out, %d threads\n", human_bytes(t->source_bytes).s,
                 human_bytes(t->output_bytes).s, t->n_workers);
     text_printf(out, "time         %.3f s median of %zu, %.3f s at best\n", r->median.seconds, r->n, r->min);
@@ -246,9 +259,9 @@ static int print_text(const struct result *r)
     human_table_free(&table);
     text_add(
         &out,
-        "\nbound: gemm for forward, hessian_add, factorize in FP64, matmul for measure, sweep, refit and "
-        "descend (counted\nas in FP32), copies to and from pinned memory for load and deliver; each by "
-        "itself before and after all\nrounds, the better rate. Medians. The device is waited for after "
+        "\nbound: gemm for forward and tune, hessian_add, factorize in FP64, matmul for measure, sweep, refit "
+        "and descend\n(counted as in FP32), copies to and from pinned memory for load and deliver; each by "
+        "itself before and after\nall rounds, the better rate. Medians. The device is waited for after "
         "each kind of work.\n");
     if (rc < 0) {
         text_free(&out);
@@ -288,6 +301,11 @@ static void put_calibration(const struct result *r, struct text *out)
     json_kv_int(out, "batch", plan->capture.batch);
     json_kv_bool(out, "states_on_host", plan->capture.states_on_host);
     json_kv_bool(out, "keep_inner", plan->capture.keep_inner);
+    if (plan->micro_batch) {
+        json_kv_int(out, "iterations", r->q->recipe.tune.iterations);
+        json_kv_int(out, "iteration_samples", batch_of(r));
+        json_kv_int(out, "micro_batch", plan->micro_batch);
+    }
     json_kv_uint(out, "device_bytes", plan->device_bytes);
     json_kv_uint(out, "host_bytes", plan->host_bytes);
     json_end_object(out);

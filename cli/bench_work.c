@@ -10,10 +10,10 @@
 #include <string.h>
 
 const enum bench_unit bench_work_units[N_WORK] = {
-    [WORK_LOAD] = UNIT_BYTES,   [WORK_FORWARD] = UNIT_FLOP,  [WORK_HESSIAN] = UNIT_FLOP,
-    [WORK_FACTOR] = UNIT_FLOP,  [WORK_SEARCH] = UNIT_TRIALS, [WORK_MEASURE] = UNIT_FLOP,
-    [WORK_SWEEP] = UNIT_FLOP,   [WORK_REFIT] = UNIT_FLOP,    [WORK_DESCEND] = UNIT_FLOP,
-    [WORK_DELIVER] = UNIT_BYTES};
+    [WORK_LOAD] = UNIT_BYTES,  [WORK_FORWARD] = UNIT_FLOP,  [WORK_HESSIAN] = UNIT_FLOP,
+    [WORK_FACTOR] = UNIT_FLOP, [WORK_SEARCH] = UNIT_TRIALS, [WORK_MEASURE] = UNIT_FLOP,
+    [WORK_SWEEP] = UNIT_FLOP,  [WORK_REFIT] = UNIT_FLOP,    [WORK_DESCEND] = UNIT_FLOP,
+    [WORK_TUNE] = UNIT_FLOP,   [WORK_DELIVER] = UNIT_BYTES};
 
 int bench_shape_config(const struct bench_shape *shape, struct gemma_config *out)
 {
@@ -80,7 +80,13 @@ static double result_bytes(const struct set *s)
     return s->rows * (words * sizeof(uint32_t) + groups * (sizeof(uint16_t) + (q.symmetric ? 0 : 1)));
 }
 
-static void count_quantizing(double out[N_WORK], const struct set *s, const struct recipe *r, double tokens)
+/* Whether codes are found under Hessians, as the result or as a tuning's start. */
+static bool solves(const struct recipe *r)
+{
+    return r->tune.iterations == 0 || r->tune.init == TUNE_FROM_CODES;
+}
+
+static void count_solving(double out[N_WORK], const struct set *s, const struct recipe *r, double tokens)
 {
     const bool sweep = r->sweep, weighed = s->kind == FUSED_O || s->kind == FUSED_DOWN;
     const double n = s->rows, k = s->cols, triangle = n * k * k, passes = r->passes;
@@ -95,34 +101,73 @@ static void count_quantizing(double out[N_WORK], const struct set *s, const stru
         out[WORK_REFIT] += apart ? (passes + 1) * triangle : 0;
         out[WORK_DESCEND] += (apart ? 3 * passes : 2 * passes + 1) * triangle;
     }
-    out[WORK_DELIVER] += result_bytes(s);
+}
+
+/* How often all tokens go through a set of linears. Attention runs with q/k/v. */
+static double pass_runs(enum gemma_fused kind, bool last, const struct recipe *r,
+                        const struct bench_pass *pass)
+{
+    if (r->tune.iterations) /* the reference, set by set for the start, and at last by the tuned weights */
+        return 1 + (solves(r) && kind != FUSED_DOWN) + !last;
+    if (kind == FUSED_DOWN)
+        return last ? 0 : 1;
+    return kind == FUSED_GATE_UP && !last && !pass->keep_inner ? 2 : 1;
+}
+
+/* Forward passes of a mini-batch: its iterations, and the one that judges the last iterate. */
+static double batch_passes(const struct tune_options *t)
+{
+    return (double)t->iterations + (t->iterations && t->keep == TUNE_KEEP_LAST ? 1 : 0);
+}
+
+static double batch_samples(const struct tune_options *t, const struct bench_pass *pass)
+{
+    return (double)(t->batch < pass->samples ? t->batch : pass->samples);
+}
+
+/* Products of a tuning with a set: forward, by the weights, and by the inputs but for q/k/v's, which need no
+ * gradient. */
+static double tuning_flop(const struct set *s, const struct recipe *r, const struct bench_pass *pass)
+{
+    const double product = 2 * s->rows * s->cols * batch_samples(&r->tune, pass) * (double)pass->length;
+    const double back = (s->kind == FUSED_QKV ? 0 : 1) + (s->first->quantized ? 1 : 0);
+    return product * (batch_passes(&r->tune) + back * (double)r->tune.iterations);
+}
+
+/* Of a layer: two products for each pair of query and key, five on the way back. */
+static void count_attention(double out[N_WORK], const struct gemma_config *g, int layer,
+                            const struct recipe *r, const struct bench_pass *pass)
+{
+    const int64_t window = g->is_sliding[layer] ? g->sliding_window : 0;
+    const double product =
+        2 * (double)(g->n_heads * g->head_dim) * bench_attention_pairs(0, pass->length, window);
+    const bool last = layer == (int)g->n_layers - 1;
+    out[WORK_FORWARD] += 2 * product * (double)pass->samples * pass_runs(FUSED_QKV, last, r, pass);
+    out[WORK_TUNE] += product * batch_samples(&r->tune, pass) *
+                      (2 * batch_passes(&r->tune) + 5 * (double)r->tune.iterations);
 }
 
 void bench_work_count(double out[N_WORK], const struct model *m, const struct recipe_plan *plan,
                       const struct recipe *recipe, const struct bench_pass *pass)
 {
     const struct gemma_config *g = &m->gemma;
-    const double tokens = (double)pass->samples * (double)pass->length,
-                 heads = (double)(g->n_heads * g->head_dim);
+    const double tokens = (double)pass->samples * (double)pass->length;
     memset(out, 0, N_WORK * sizeof *out);
     out[WORK_LOAD] = (double)weights_part_bytes(m, WEIGHTS_OUTER);
     for (int layer = 0; layer < (int)g->n_layers; layer++) {
-        const int64_t window = g->is_sliding[layer] ? g->sliding_window : 0;
         out[WORK_LOAD] += (double)weights_part_bytes(m, layer);
-        out[WORK_FORWARD] +=
-            4 * heads * (double)pass->samples * bench_attention_pairs(0, pass->length, window);
+        count_attention(out, g, layer, recipe, pass);
     }
     for (size_t i = 0; i < plan->n;) {
         const struct set s = next_set(plan, &i);
         const bool last = s.first->tensor->layer == (int)g->n_layers - 1;
-        double runs = 1;
-        if (s.kind == FUSED_DOWN)
-            runs = last ? 0 : 1;
-        else if (s.kind == FUSED_GATE_UP)
-            runs = last || pass->keep_inner ? 1 : 2;
-        out[WORK_FORWARD] += runs * 2 * s.rows * s.cols * tokens;
-        if (s.first->quantized)
-            count_quantizing(out, &s, recipe, tokens);
+        out[WORK_FORWARD] += pass_runs(s.kind, last, recipe, pass) * 2 * s.rows * s.cols * tokens;
+        out[WORK_TUNE] += tuning_flop(&s, recipe, pass);
+        if (!s.first->quantized)
+            continue;
+        if (solves(recipe))
+            count_solving(out, &s, recipe, tokens);
+        out[WORK_DELIVER] += result_bytes(&s);
     }
 }
 
@@ -343,6 +388,7 @@ int bench_bounds_measure(const struct backend *b, struct parallel *pool, const s
         rc = measure_matmul(&t, g, DTYPE_I8, &rates[WORK_REFIT]);
     give_back(&t);
     rates[WORK_MEASURE] = rates[WORK_DESCEND] = rates[WORK_SWEEP];
+    rates[WORK_TUNE] = rates[WORK_FORWARD];
     if (!rc && !b->host_memory)
         rc = measure_copies(&t, out);
     give_back(&t);

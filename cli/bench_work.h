@@ -22,7 +22,8 @@ struct bench_pass {
  * gate/up, down) N = rows of all of them and K = columns:
  *     load      bytes of the weights, the embedding among them
  *     forward   2·N·K·T, but not down of the last block, and gate/up twice where its results are not kept;
- *               4·heads·head_dim for each pair of query and key
+ *               4·heads·head_dim for each pair of query and key; with a tuning all of that once for the reference and,
+ *               but for the last block, once behind it, and for a start from codes, set by set, all but down once more
  *     hessian   K²·T, one triangle of 2·K²·T; for o and down, whose inputs are weighed by their outputs, 2·N·K·T too
  *     factor    K³/3 in FP64, gptq alone
  *     search    candidates·N·K
@@ -32,7 +33,11 @@ struct bench_pass {
  *               there are P > 0 passes of refinement: a triangle before each and one at the end
  *     descend   (2·P + 1)·N·K²: a gradient, then its update in each pass, of which the last needs only a triangle; for the
  *               longer groups 3·P·N·K², a gradient and a triangle in each
+ *     tune      t = tokens of a mini-batch: 2·N·K·t forward, 2·N·K·t by the weights and, but for q/k/v, 2·N·K·t by the
+ *               inputs; 4·heads·head_dim for each pair, and 10 on the way back; times iterations, and forward alone once
+ *               more where the last iterate is judged
  *     deliver   bytes of codes, scales and zero points
+ * What comes of Hessians is 0 for a tuning that begins without codes.
  * What is small beside these is left out: norms, what blocks of columns do within themselves, the rows of <bos>. */
 void bench_work_count(double out[N_WORK], const struct model *m, const struct recipe_plan *plan,
                       const struct recipe *recipe, const struct bench_pass *pass);
@@ -43,7 +48,7 @@ struct bench_bounds {
 };
 
 /* Measures them at the model's sizes; rates that are there are raised when higher ones are found.
- *     forward                  gemm [many tokens, hidden]·[2·intermediate, hidden]ᵀ
+ *     forward, tune            gemm [many tokens, hidden]·[2·intermediate, hidden]ᵀ
  *     hessian                  hessian_add at K = intermediate, as many tokens
  *     factor                   factorize at K = intermediate
  *     sweep, measure, descend  matmul FP32 [2·intermediate, 512]·[512, hidden], as many additions as FP32 would take

@@ -19,6 +19,7 @@ struct args {
 };
 
 static const char *const checks[] = {"auto", "yes", "no", NULL};
+enum { METHOD_RTN, METHOD_GPTQ, METHOD_AUTOROUND };
 static const char *const methods[] = {"rtn", "gptq", "autoround", NULL};
 static const char *const schemes[] = {"w4a16", "w4a16-asym", "w8a16", NULL};
 static const char *const scale_rules[] = {"auto", "block", "weighted", "range", "absmax", "mse", NULL};
@@ -27,7 +28,8 @@ static const struct opt_arg positional[] = {
     {.name = "WHAT",
      .offset = OPT_OFFSET(struct args, what, const char *),
      .help =
-         "ops: every operation of the device; prefill, decode: the forward pass; quantize: the whole job"},
+         "ops: every operation of the device; prefill, decode: the forward pass; quantize: the whole job; "
+         "tune: an iteration of AutoRound"},
 };
 
 static const struct opt options[] = {
@@ -48,7 +50,7 @@ static const struct opt options[] = {
     {.name = "dir",
      OPT_TO_STRING(struct args, bench.dir),
      .value = "DIR",
-     .initial_note = "$TMPDIR or /tmp; for prefill and decode /dev/shm, where the model fits",
+     .initial_note = "$TMPDIR or /tmp; for prefill, decode and tune /dev/shm, where the model fits",
      .help = "where a checkpoint is made, and a cut of it; both are removed at the end"},
     {.name = "keep",
      OPT_TO_STRING(struct args, bench.keep),
@@ -60,22 +62,22 @@ static const struct opt options[] = {
      .value = "N",
      .min = 1,
      .max = 10000,
-     .initial_note = "ops and prefill 10, on the CPU 3; quantize and decode 3",
+     .initial_note = "ops, prefill and tune 10, on the CPU 3; quantize and decode 3",
      .help = "times that everything is measured"},
     {.name = "tokens",
      OPT_TO_INT(struct args, bench.tokens),
      .value = "N",
      .min = 1,
      .max = 1 << 20,
-     .initial_note = "ops 16384, on the CPU 512; prefill 2048, on the CPU 512; decode 128",
-     .help = "ops: rows of activations; prefill: tokens of a sequence; decode: tokens written"},
+     .initial_note = "ops 16384, on the CPU 512; prefill and tune 2048, on the CPU 512; decode 128",
+     .help = "ops: rows of activations; prefill, tune: tokens of a sequence; decode: tokens written"},
     {.name = "sequences",
      OPT_TO_INT(struct args, bench.sequences),
      .value = "N",
      .min = 1,
      .max = 4096,
      .initial_note = "8, on the CPU 1",
-     .help = "prefill: sequences at a time"},
+     .help = "prefill: sequences at a time; tune: samples of an iteration"},
     {.name = "check",
      OPT_TO_CHOICE(struct args, bench.check),
      .choices = checks,
@@ -83,7 +85,7 @@ static const struct opt options[] = {
      .help =
          "compare with the CPU's result first; auto: always for ops, for prefill and decode up to 2 billion "
          "parameters"},
-    {OPT_SECTION("Quantizing, for quantize and decode --cut")},
+    {OPT_SECTION("Quantizing, for quantize, tune and decode --cut")},
     {.name = "cut", OPT_TO_FLAG(struct args, bench.cut), .help = "decode: with the weights of a cut"},
     {.name = "method",
      OPT_TO_CHOICE(struct args, method),
@@ -147,6 +149,7 @@ static const struct opt_spec spec = {
     .epilogue = "Examples:\n"
                 "  gemcut bench quantize --shape gemma-3-1b\n"
                 "  gemcut bench quantize --method gptq --rounds 1\n"
+                "  gemcut bench tune --shape gemma-3-1b\n"
                 "  gemcut bench ops --json\n"
                 "  gemcut bench decode --shape gemma-3-270m --cut\n",
 };
@@ -154,8 +157,11 @@ static const struct opt_spec spec = {
 static const struct part {
     const char *name;
     int (*run)(const struct bench *q);
-} parts[] = {
-    {"ops", bench_ops}, {"prefill", bench_prefill}, {"decode", bench_decode}, {"quantize", bench_quantize}};
+} parts[] = {{"ops", bench_ops},
+             {"prefill", bench_prefill},
+             {"decode", bench_decode},
+             {"quantize", bench_quantize},
+             {"tune", bench_tune}};
 
 enum { N_PARTS = sizeof parts / sizeof *parts };
 
@@ -184,21 +190,23 @@ static int refuse_foreign(const struct args *a)
     const struct {
         const char *option;
         bool given;
-        const char *parts[3];
+        const char *parts[4];
     } rules[] = {
-        {"tokens", q->tokens > 0, {"ops", "prefill", "decode"}},
-        {"sequences", q->sequences > 0, {"prefill"}},
+        {"tokens", q->tokens > 0, {"ops", "prefill", "decode", "tune"}},
+        {"sequences", q->sequences > 0, {"prefill", "tune"}},
         {"cut", q->cut, {"decode"}},
         {"no-verify", q->no_verify, {"quantize"}},
         {"samples", a->samples > 0, {"decode", "quantize"}},
         {"length", a->length > 0, {"decode", "quantize"}},
         {"refine", a->refine >= 0, {"decode", "quantize"}},
-        {"dir", q->dir != NULL, {"prefill", "decode", "quantize"}},
-        {"keep", q->keep != NULL, {"prefill", "decode", "quantize"}},
+        {"method", a->method != METHOD_RTN, {"decode", "quantize"}},
+        {"batch", a->tune.batch > 0, {"decode", "quantize"}},
+        {"dir", q->dir != NULL, {"prefill", "decode", "quantize", "tune"}},
+        {"keep", q->keep != NULL, {"prefill", "decode", "quantize", "tune"}},
     };
     for (size_t i = 0; i < sizeof rules / sizeof *rules; i++) {
         bool fits = !rules[i].given;
-        for (size_t k = 0; k < 3 && rules[i].parts[k]; k++)
+        for (size_t k = 0; k < 4 && rules[i].parts[k]; k++)
             fits = fits || !strcmp(q->what, rules[i].parts[k]);
         if (!fits)
             return err_set(ERR_USAGE, "option '--%s' is not for '%s'", rules[i].option, q->what);
@@ -225,7 +233,7 @@ static int refuse_uncalibrated(const struct args *a, const struct recipe *r)
 static int make_recipe(const struct args *a, struct recipe *r)
 {
     const struct recipe_args chosen = {
-        .method = methods[a->method],
+        .method = methods[strcmp(a->bench.what, "tune") ? a->method : METHOD_AUTOROUND],
         .scales = scale_rules[a->scales],
         .damping = 0.01,
         .passes = a->refine,

@@ -5,6 +5,7 @@
 #include "base/half.h"
 #include "cli/bench.h"
 #include "cli/bench_case.h"
+#include "cli/bench_profile.h"
 #include "cli/bench_work.h"
 #include "formats/hf_config.h"
 #include "cli/recipe_args.h"
@@ -251,7 +252,7 @@ static const double qkv = 512 * 256, o = 256 * 256, gate_up = 1536 * 256, down =
 
 static void work_of_gptq(void **state)
 {
-    const struct recipe_args args = {"gptq", "auto", .damping = 0.01, .passes = 3};
+    const struct recipe_args args = {"gptq", "auto", .damping = 0.01, .passes = 3, .tune = TUNE_ARGS_NONE};
     const double weights = qkv + o + gate_up + down, tokens = 3 * 200, k2 = 256 * 256, wide2 = 768 * 768,
                  products = (512 + 256 + 1536) * k2 + 256 * wide2; /* Σ N·K² of a layer */
     /* tokens 1 … 128 see as many keys, 72 more see 128 where there is a window */
@@ -283,7 +284,8 @@ static void work_of_gptq(void **state)
 /* Scales under a Hessian without a sweep; one scale a row. */
 static void work_of_searched_scales(void **state)
 {
-    const struct recipe_args args = {"rtn", "weighted", .damping = 0.01, .passes = 2};
+    const struct recipe_args args = {"rtn", "weighted", .damping = 0.01, .passes = -1,
+                                     .tune = TUNE_ARGS_NONE};
     double w[N_WORK];
     (void)state;
     count(w, &args, "channel", 64, true);
@@ -291,6 +293,139 @@ static void work_of_searched_scales(void **state)
     assert_true(w[WORK_SEARCH] == 6 * (qkv + o + gate_up + down) * 2 * 61);
     assert_true(w[WORK_MEASURE] > 0);
     assert_true(w[WORK_DELIVER] == 6 * ((qkv + o + gate_up + down) / 2 + 2 * (512 + 256 + 1536 + 256)));
+}
+
+/* Five iterations of two of the three samples. */
+static const struct recipe_args tuning = {"autoround", "auto", .damping = 0.01, .passes = -1,
+                                          .tune = {.iterations = 5, .batch = 2, .init = -1}};
+
+static void work_of_tuning(void **state)
+{
+    const double weights = qkv + o + gate_up + down, tokens = 3 * 200, step = 2 * 200,
+                 windowed = 128 * 129 / 2 + 72 * 128, global = 200 * 201 / 2;
+    struct recipe_args args = tuning;
+    double w[N_WORK], gptq[N_WORK];
+    (void)state;
+    count(w, &args, "128", 200, true);
+    /* the reference, the inputs but of the last block, and GPTQ's pass, which ends before down */
+    assert_true(w[WORK_FORWARD] == 2 * tokens * ((6 + 5) * weights + 6 * (weights - down)) +
+                                       4 * 256 * 3 * (5 * 3 * windowed + 2 * global));
+    /* forward five times and once to judge; by the weights and by all inputs but q/k/v's five times */
+    const double once = 4 * 256 * 2 * (5 * windowed + global);
+    assert_true(w[WORK_TUNE] ==
+                6 * 2 * step * (6 * weights + 5 * weights + 5 * (weights - qkv)) + once * (6 + 5 * 2.5));
+    /* what comes of Hessians is as without a tuning */
+    count(gptq, &(struct recipe_args){"gptq", "auto", .damping = 0.01, .passes = 1, .tune = TUNE_ARGS_NONE},
+          "128", 200, true);
+    for (int i = WORK_HESSIAN; i <= WORK_DESCEND; i++)
+        assert_true(w[i] == gptq[i]);
+    assert_true(gptq[WORK_TUNE] == 0 && w[WORK_DELIVER] == gptq[WORK_DELIVER]);
+    /* whether inputs of down are kept or not, and no more samples than there are */
+    args.tune.batch = 8;
+    count(gptq, &args, "128", 200, false);
+    assert_true(gptq[WORK_FORWARD] == w[WORK_FORWARD] &&
+                fabs(gptq[WORK_TUNE] / (w[WORK_TUNE] * 1.5) - 1) < 1e-12);
+}
+
+/* From the range, and every iterate judged by its own mini-batch. */
+static void work_of_compatible_tuning(void **state)
+{
+    const double weights = qkv + o + gate_up + down, tokens = 3 * 64, step = 2 * 64, pairs = 64 * 65 / 2;
+    struct recipe_args args = tuning;
+    double w[N_WORK];
+    (void)state;
+    args.tune.compat = true;
+    count(w, &args, "128", 64, true);
+    assert_true(w[WORK_FORWARD] == (6 + 5) * (2 * tokens * weights + 4 * 256 * 3 * pairs));
+    assert_true(w[WORK_TUNE] == 6 * 5 * (2 * step * (3 * weights - qkv) + (4 + 10) * 256 * 2 * pairs));
+    for (int i = WORK_HESSIAN; i <= WORK_DESCEND; i++)
+        assert_true(w[i] == 0);
+    assert_true(w[WORK_DELIVER] == 6 * weights * (0.5 + 2.0 / 128));
+}
+
+/* --- operations under watch ----------------------------------------------------------------------------------------- */
+
+enum { TOKENS = 3, WIDTH = 32 };
+
+static struct mat f32(float *data, int64_t rows, int64_t cols)
+{
+    return (struct mat){data, DTYPE_F32, rows, cols, cols};
+}
+
+static struct linear_set whole(int64_t rows)
+{
+    return (struct linear_set){.n = 1, .fused = true, .whole = {.weight = f32(NULL, rows, WIDTH)}};
+}
+
+/* A step of some weight of that many rows: what ends an iteration. */
+static void step(const struct backend *b, int64_t rows, bool with_gradient)
+{
+    static float w[4 * WIDTH], v[4 * WIDTH], gradient[4 * WIDTH], restored[4 * WIDTH], high[4];
+    static uint16_t scales[4], kept_scales[4];
+    static int8_t codes[4 * WIDTH];
+    struct qmat q = {.scales = {scales, DTYPE_BF16, rows, 1, 1}, .bits = 4, .group = WIDTH, .cols = WIDTH};
+    struct qmat kept = q;
+    kept.scales.data = kept_scales;
+    const struct mat weight = f32(w, rows, WIDTH), shift = f32(v, rows, WIDTH),
+                     by = f32(gradient, rows, WIDTH), out = f32(restored, rows, WIDTH),
+                     factors = f32(high, rows, 1), start = {kept_scales, DTYPE_BF16, rows, 1, 1},
+                     best = {codes, DTYPE_I8, rows, WIDTH, WIDTH};
+    for (int i = 0; i < 4; i++)
+        kept_scales[i] = half_to_bf16(0.5f);
+    const struct tuning t = {.w = &weight,
+                             .v = &shift,
+                             .start = &start,
+                             .high = &factors,
+                             .lowest = 0.5f,
+                             .highest = 1.5f,
+                             .distance = 0.45f,
+                             .q = &q,
+                             .restored = &out,
+                             .codes = &best,
+                             .kept = &kept};
+    const struct tune_rates rates = {0.01f, 0.01f};
+    assert_ok(b->train->tune_step(b, &t, with_gradient ? &by : NULL, &rates, NULL));
+}
+
+static void operations_are_counted(void **state)
+{
+    enum { FLOAT = sizeof(float) };
+    const struct block block = {.qkv = whole(4), .o = whole(3), .gate_up = whole(2), .down = whole(1)};
+    float x[TOKENS * WIDTH], w[4 * WIDTH], y[TOKENS * 4], expected[TOKENS * 4], copy[8];
+    const struct mat in = f32(x, TOKENS, WIDTH), weight = f32(w, 4, WIDTH), out = f32(y, TOKENS, 4),
+                     wanted = f32(expected, TOKENS, 4);
+    struct profile_iteration iterations[2] = {{{{0}}}};
+    struct profile_log log = {.apart = true, .iterations = iterations, .n = 2};
+    struct bench_profile p;
+    struct backend cpu;
+    (void)state;
+    for (int i = 0; i < 4 * WIDTH; i++)
+        w[i] = (float)(i % 7) - 3;
+    for (int i = 0; i < TOKENS * WIDTH; i++)
+        x[i] = (float)(i % 5) - 2;
+    assert_ok(backend_open(&cpu, "cpu", 1));
+    bench_profile_begin(&p, &cpu, &log, &block);
+    const struct backend *b = &p.backend;
+    step(b, 4, false); /* of the beginning: no end of an iteration */
+    for (int i = 0; i < 3; i++) {
+        assert_ok(b->core->gemm(b, &in, &weight, &out));
+        step(b, 4, true);
+        step(b, 3, true);
+    }
+    assert_ok(b->core->copy(b, copy, x, sizeof copy)); /* behind the last iteration */
+    assert_ok(cpu.core->gemm(&cpu, &in, &weight, &wanted));
+    assert_memory_equal(y, expected, sizeof y);
+    assert_true(log.at == 3 && log.begin > 0 && log.end >= log.begin);
+    const struct profile_op *first = iterations[0].ops, *second = iterations[1].ops;
+    assert_true(first[ROW_STEP + FUSED_QKV].calls == 2 && second[ROW_STEP + FUSED_QKV].calls == 1);
+    assert_true(second[ROW_FORWARD + FUSED_QKV].calls == 1 && second[ROW_FORWARD + FUSED_QKV].seconds > 0);
+    assert_true(second[ROW_FORWARD + FUSED_QKV].amount == 2 * 4 * WIDTH * TOKENS);
+    /* itself, v twice, its gradient and what is restored */
+    assert_true(second[ROW_STEP + FUSED_O].amount == 5 * 3 * WIDTH * FLOAT);
+    assert_true(first[ROW_COPIES].calls == 0 && second[ROW_COPIES].calls == 0);
+    for (int row = 0; row < N_ROWS; row++)
+        assert_non_null(profile_row_name(row));
+    backend_close(&cpu);
 }
 
 static void random_ids(void **state)
@@ -342,8 +477,9 @@ static void methods_and_scales(void **state)
         {"gptq", "auto", NULL, true, SCALE_BLOCK, 4},       {"gptq", "range", NULL, true, SCALE_RANGE, 4}};
     (void)state;
     for (size_t i = 0; i < N_OF(cases); i++) {
-        const struct recipe_args args = {cases[i].method, cases[i].scales, .passes = 4,
-                                         .calib.text = cases[i].text};
+        const struct recipe_args args = {cases[i].method, cases[i].scales,
+                                         .passes = cases[i].passes ? cases[i].passes : -1,
+                                         .calib.text = cases[i].text, .tune = TUNE_ARGS_NONE};
         struct recipe r = {0};
         assert_ok(recipe_args_apply(&args, &r));
         assert_string_equal(r.method, cases[i].method);
@@ -369,6 +505,9 @@ int main(void)
         cmocka_unit_test(checkpoints_are_reproducible),
         cmocka_unit_test(work_of_gptq),
         cmocka_unit_test(work_of_searched_scales),
+        cmocka_unit_test(work_of_tuning),
+        cmocka_unit_test(work_of_compatible_tuning),
+        cmocka_unit_test(operations_are_counted),
         cmocka_unit_test(random_ids),
         cmocka_unit_test(lengths_fit_the_context),
         cmocka_unit_test(methods_and_scales),

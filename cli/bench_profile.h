@@ -1,0 +1,71 @@
+/* A backend that counts and times a tuning's operations on another one as they are called: whoever runs on it runs what
+ * is always run. It opens nothing; the other backend must stay open. */
+#ifndef GEMCUT_CLI_BENCH_PROFILE_H
+#define GEMCUT_CLI_BENCH_PROFILE_H
+
+#include "cli/bench.h"
+#include "runtime/gemma.h"
+#include "runtime/weights.h"
+
+/* Kinds of operations. The first four have a row for each set of linears: add enum gemma_fused. */
+enum profile_row {
+    ROW_FORWARD,
+    ROW_DGRAD = ROW_FORWARD + N_FUSED, /* products by the inputs, … */
+    ROW_WGRAD = ROW_DGRAD + N_FUSED,   /* … by the weights */
+    ROW_STEP = ROW_WGRAD + N_FUSED,
+    ROW_ATTENTION = ROW_STEP + N_FUSED,
+    ROW_ATTENTION_BACKWARD,
+    ROW_NORMS,
+    ROW_NORMS_BACKWARD,
+    ROW_HEADS, /* q/k/v apart, normed and turned */
+    ROW_HEADS_BACKWARD,
+    ROW_GATE,
+    ROW_GATE_BACKWARD,
+    ROW_LOSS,
+    ROW_COPIES,
+    N_ROWS
+};
+
+const char *profile_row_name(int row);
+bool profile_row_computes(int row); /* amounts are FLOP; else bytes read and written */
+
+struct profile_op {
+    int64_t calls;
+    double seconds, amount; /* of all calls */
+};
+
+struct profile_iteration {
+    struct profile_op ops[N_ROWS];
+};
+
+enum { PROFILE_SHAPES = N_FUSED * 3 };
+
+/* What is counted. An iteration ends with its last step; what comes before the first one's operations is counted with
+ * it, what comes behind the last one's not at all. */
+struct profile_log {
+    bool
+        apart; /* waits before and behind each operation; else at the end of the first and of the last iteration */
+    struct profile_iteration *iterations; /* [n] */
+    int64_t n, at;
+    double begin, end; /* clock: the first iteration's end, and the last one's */
+    bool stepped;
+    struct {
+        int64_t rows, cols;
+        enum gemma_fused kind;
+    } shapes[PROFILE_SHAPES]; /* of the block's weights, which tell products apart */
+    int n_shapes;
+};
+
+struct bench_profile {
+    struct backend backend; /* first: operations get its address */
+    struct core_ops core;
+    struct train_ops train;
+    const struct backend *real;
+    struct profile_log *log;
+};
+
+/* log: zeroed but for apart, iterations and n */
+void bench_profile_begin(struct bench_profile *out, const struct backend *real, struct profile_log *log,
+                         const struct block *block);
+
+#endif
