@@ -127,7 +127,7 @@ static const struct opt options[] = {
      .value = "N",
      .min = 0,
      .max = 1000,
-     .initial_note = "8; 1 before a tuning",
+     .initial_note = "8; 4 before a tuning",
      .help = "gptq: passes over scales and codes"},
     TUNE_OPTS(struct args, tune),
     {.name = "no-verify",

@@ -8,7 +8,7 @@ enum { INIT_GPTQ, INIT_RTN, INIT_NONE };
 const char *const tune_inits[] = {[INIT_GPTQ] = "gptq", [INIT_RTN] = "rtn", [INIT_NONE] = "none", NULL};
 
 /* Passes of refinement, of codes that are the result and of those that a tuning begins with. */
-enum { GPTQ_PASSES = 8, START_PASSES = 1, SAMPLES_OF_A_STEP = 8 };
+enum { GPTQ_PASSES = 8, START_PASSES = 4, SAMPLES_OF_A_STEP = 8 };
 
 static int refuse_foreign(const struct recipe_args *a)
 {

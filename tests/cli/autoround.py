@@ -23,7 +23,7 @@ def losses(record):
 def better(tmp):
     record = cut(tmp / "out", "--quality", "better", "--report", tmp / "r.json", only=None)
     recipe, tuning = record["recipe"], record["recipe"]["tuning"]
-    assert (recipe["method"], recipe["refine"], recipe["scales"]) == ("autoround", 1, "block"), recipe
+    assert (recipe["method"], recipe["refine"], recipe["scales"]) == ("autoround", 4, "block"), recipe
     assert tuning == {"iterations": 50, "batch": 8, "lr": 0.01, "scale_lr": 0.002, "init": "gptq", "keep": "last",
                       "seed": 0}, tuning
     blocks = record["tuning"]["blocks"]
@@ -73,7 +73,7 @@ def where_it_begins(tmp):
 def no_worse_than_the_start(tmp):
     """Steps far too long: the codes of GPTQ stay."""
     record = cut(tmp / "out", *SHORT, "--lr", 9, "--scale-lr", 0.5)
-    cut(tmp / "gptq", "--refine", 1)
+    cut(tmp / "gptq", "--refine", 4)
     (first, last), = losses(record)
     assert first == last and record["tuning"]["blocks"][0]["iteration"] == 0, record["tuning"]
     assert tensors(tmp / "out") == tensors(tmp / "gptq")
