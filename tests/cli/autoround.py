@@ -2,7 +2,7 @@
 """`gemcut quantize` with AutoRound: what is recorded and reported, what must not change the result and what must, and
 what is refused.
 
-    autoround.py GEMCUT MODEL      MODEL: data/model/gemma3-tiny
+    autoround.py GEMCUT MODEL [--short]      MODEL: data/model/gemma3-tiny
 """
 import json
 import shutil
@@ -64,7 +64,7 @@ def as_intel_does_it(tmp):
         assert abs(linear["weight_error"] / plain["linears"][name]["weight_error"] - 1) < 2e-3, (name, linear)
 
 
-@tests.case
+@tests.slow
 def where_it_begins(tmp):
     starts = {init: losses(cut(tmp / init, *SHORT, "--init", init))[0] for init in ("gptq", "rtn", "none")}
     assert starts["gptq"][0] < starts["rtn"][0] < starts["none"][0], starts
@@ -81,7 +81,7 @@ def no_worse_than_the_start(tmp):
     assert tensors(tmp / "out") == tensors(tmp / "gptq")
 
 
-@tests.case
+@tests.slow
 def same_bytes(tmp):
     for i, options in enumerate(((), (), ("--threads", 1), ("--threads", 3))):
         record = cut(tmp / str(i), *TUNED, "--iters", 2, "--init", "rtn", *options, samples=2, only=None)
@@ -89,7 +89,7 @@ def same_bytes(tmp):
         same(tmp / "0", tmp / str(i))
 
 
-@tests.case
+@tests.slow
 def little_memory(tmp):
     """Fewer samples at a time give nearly the same; how many is recorded."""
     whole = cut(tmp / "whole", *SHORT, length=512)
@@ -99,7 +99,7 @@ def little_memory(tmp):
     assert abs(also_first / first - 1) < 1e-5 and abs(also_last / last - 1) < 0.02, (whole["tuning"], parts["tuning"])
 
 
-@tests.case
+@tests.slow
 def what_changes_the_result(tmp):
     """From the nearest codes, which a few steps improve on; and what GPTQ's options do to codes that begin with it."""
     nearest = (*SHORT, "--init", "rtn")
@@ -114,7 +114,7 @@ def what_changes_the_result(tmp):
         shutil.rmtree(tmp / "out")
 
 
-@tests.case
+@tests.slow
 def schemes_and_groups(tmp):
     cold = (*TUNED, "--compat", "--iters", 30)
     cases = [(scheme, group, cold) for scheme in ("w8a16", "w4a16-asym", "w4a16") for group in ("32", "channel")]

@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import struct
 import subprocess
+import sys
 import tempfile
 
 
@@ -121,7 +122,8 @@ def flip_bytes(rng, data):
 
 
 class Tests:
-    """Cases run one by one, each with a fresh folder inside one for all."""
+    """Cases run one by one, each with a fresh folder inside one for all; with --short among the arguments without those
+    that are marked as slow, for builds that are many times slower."""
 
     def __init__(self, prefix):
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix=prefix))
@@ -133,6 +135,12 @@ class Tests:
         if code:
             shutil.rmtree(self.folder)
             raise SystemExit(stderr)
+
+    def slow(self, f):
+        if "--short" in sys.argv:
+            print(f"not run {f.__name__} (--short)", flush=True)
+        else:
+            self.case(f)
 
     def case(self, f, *makers):
         """f(its folder, what each maker returns)"""
