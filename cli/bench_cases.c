@@ -280,14 +280,14 @@ static int run_rope_table(const struct backend *b, const struct bench_case *c, c
 
 static int run_split_qkv(const struct backend *b, const struct bench_case *c, const struct mat *m)
 {
-    const struct qkv_spec spec = {c->heads, c->sequences, c->norm, &m[1], &m[1], &m[2]};
+    const struct qkv_spec spec = {c->heads, c->sequences, c->norm, &m[1], &m[1], &m[2], false, false};
     return b->core->split_qkv(b, &spec, &m[0], &m[3], &m[4], &m[5]);
 }
 
 static int run_attention(const struct backend *b, const struct bench_case *c, const struct mat *m)
 {
     const struct attention_spec spec = {c->heads, c->sequences, 1 / sqrtf((float)c->heads.head_dim),
-                                        c->window};
+                                        c->window, 0};
     return b->core->attention(b, &spec, &m[0], &m[1], &m[2], &m[3], NULL);
 }
 
@@ -295,7 +295,7 @@ static int run_attention(const struct backend *b, const struct bench_case *c, co
 static int run_attention_backward(const struct backend *b, const struct bench_case *c, const struct mat *m)
 {
     const struct attention_spec spec = {c->heads, c->sequences, 1 / sqrtf((float)c->heads.head_dim),
-                                        c->window};
+                                        c->window, 0};
     const struct attention_tape tape = {m[0], m[1], m[2], m[3], m[4]};
     return b->train->attention_backward(b, &spec, &tape, &m[5], &m[6], &m[7], &m[8]);
 }

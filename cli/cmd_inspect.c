@@ -35,7 +35,9 @@ static const char *part_of(const struct model *m, const char *name)
         return "other";
     if (strstr(name, "embed_tokens.weight"))
         return "embedding";
-    return strstr(name, "norm.weight") ? "norms" : "linears";
+    if (strstr(name, "per_layer") && !strstr(name, "norm.weight"))
+        return "per layer";
+    return strstr(name, "norm.weight") || strstr(name, "layer_scalar") ? "norms" : "linears";
 }
 
 static void add_share(struct contents *c, const char *part, const struct tensor *t)
@@ -82,7 +84,7 @@ static void describe_layers(const struct model *m, struct text *out)
     const struct gemma_config *g = &m->gemma;
     int64_t sliding = 0;
     for (int64_t i = 0; i < g->n_layers; i++)
-        sliding += g->is_sliding[i];
+        sliding += g->layers[i].sliding;
     text_printf(out, "architecture  %s (%s), %lld layers: %lld with a window of %lld tokens, %lld global\n",
                 g->family->title, *m->config.architecture ? m->config.architecture : m->config.model_type,
                 (long long)g->n_layers, (long long)sliding, (long long)g->sliding_window,
@@ -93,9 +95,9 @@ static void describe_layers(const struct model *m, struct text *out)
         (long long)g->hidden_size, (long long)g->intermediate_size, (long long)g->n_heads,
         (long long)g->n_kv_heads, (long long)g->head_dim, (long long)g->vocab_size);
     text_printf(out, "context       %lld tokens, RoPE %.0f global, %.0f in windows",
-                (long long)g->max_positions, g->rope_theta, g->rope_local_theta);
-    if (g->rope_factor != 1)
-        text_printf(out, ", positions divided by %g", g->rope_factor);
+                (long long)g->max_positions, g->rope[GEMMA_GLOBAL].theta, g->rope[GEMMA_SLIDING].theta);
+    if (g->rope[GEMMA_GLOBAL].factor != 1)
+        text_printf(out, ", positions divided by %g", g->rope[GEMMA_GLOBAL].factor);
     text_add(out, "\n");
 }
 
