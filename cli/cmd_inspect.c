@@ -33,6 +33,8 @@ static const char *part_of(const struct model *m, const char *name)
 {
     if (strncmp(name, m->prefix, strlen(m->prefix)))
         return "other";
+    if (gemma_is_dead(&m->gemma, m->prefix, name))
+        return "unused";
     if (strstr(name, "embed_tokens.weight"))
         return "embedding";
     if (strstr(name, "per_layer") && !strstr(name, "norm.weight"))

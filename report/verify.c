@@ -174,7 +174,8 @@ static int check_against_source(struct verify_report *r, const struct hash128 *c
         rc = name_table_add(&linears, r->cut.linears[i].spec->name, i);
     for (size_t i = 0; !rc && i < source->n_tensors; i++) {
         const struct tensor *want = &source->tensors[i];
-        if (is_quantized_in_cut(r, &linears, want->name))
+        if (is_quantized_in_cut(r, &linears, want->name) ||
+            gemma_is_dead(&r->source.gemma, r->source.prefix, want->name))
             continue;
         const struct tensor *have = checkpoint_tensor(cut, want->name);
         char a[TENSOR_TEXT_BYTES], b[TENSOR_TEXT_BYTES];

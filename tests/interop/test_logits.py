@@ -25,7 +25,7 @@ import transformers
 from tokenizers import Tokenizer
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
-from cut import config as read_config
+from cut import canonical, config as read_config, read, split
 
 PROSE = pathlib.Path(__file__).resolve().parents[2] / "data/eval/prose.txt"
 BF16_LIMIT, CUT_LIMIT = 1e-4, 1e-3      # of ||ours - theirs|| / ||theirs||; rounding in float32 leaves about 1e-6
@@ -86,8 +86,10 @@ def reference(source, folder, config):
     is cast with them (the embedding's factor, the rotary frequencies) would stay rounded to BF16."""
     model = load(source, config, torch.float32)
     if folder != source:
-        state = load_cut(folder, config).state_dict()
-        model.load_state_dict({k: v.float() for k, v in state.items() if not k.endswith(CT_REST)})
+        quantized = {canonical(m) for m in split(read(folder))[0]}
+        state = load_cut(folder, config).state_dict()       # all of it in BF16, whatever the source was
+        model.load_state_dict({k: v.float() for k, v in state.items() if canonical(k.removesuffix(".weight")) in quantized
+                               and not k.endswith(CT_REST)}, strict=False)
     return model
 
 
