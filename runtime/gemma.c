@@ -23,7 +23,7 @@
 #define GEMMA3_DEFAULTS                                                                                      \
     .vocab_size = 262208, .hidden_size = 2304, .intermediate_size = 9216, .n_layers = 26, .n_heads = 8,      \
     .n_kv_heads = 4, .head_dim = 256, .sliding_window = 4096, .sliding_pattern = 6, .max_positions = 131072, \
-    .query_pre_attn_scalar = 256, .rope = {{1e6, 1, 1}, {1e4, 1, 1}}
+    .query_pre_attn_scalar = 256, .rope = {{1e6, 1, 1}, {1e4, 1, 1}}, .pattern_is_set = true
 
 #define GEMMA4_DEFAULTS                                                                                      \
     .vocab_size = 262144, .hidden_size = 2304, .intermediate_size = 9216, .n_layers = 30, .n_heads = 8,      \
@@ -196,16 +196,18 @@ static int read_rope(struct gemma_config *c, struct json t)
 
 static int read_layer_types(struct gemma_config *c, struct json t)
 {
-    int64_t pattern;
-    int rc = json_opt_int(t, "_sliding_window_pattern", 1, max_layers, c->family->sliding_pattern, &pattern);
-    if (!rc)
+    int64_t pattern = c->family->sliding_pattern;
+    int rc = 0;
+    if (c->family->pattern_is_set)
+        rc = json_opt_int(t, "_sliding_window_pattern", 1, max_layers, pattern, &pattern);
+    if (!rc && c->family->pattern_is_set)
         rc = json_opt_int(t, "sliding_window_pattern", 1, max_layers, pattern, &pattern);
     if (rc < 0)
         return rc;
     for (int64_t i = 0; i < c->n_layers; i++)
         c->layers[i].sliding = (i + 1) % pattern != 0;
     const struct json types = json_member(t, "layer_types");
-    if (!json_exists(types))
+    if (!json_exists(types) || c->family->two_norms) /* Gemma 1 has no windows */
         return 0;
     if (!json_is_array(types) || json_count(types) != (size_t)c->n_layers)
         return json_error(types, "is not a list of %lld layer types", (long long)c->n_layers);

@@ -34,14 +34,15 @@ struct gemma_family {
     double query_pre_attn_scalar; /* scores are divided by its root; 0: not a setting, head_dim is it */
     struct gemma_rope rope[GEMMA_KINDS];
     double attention_softcap, final_softcap;             /* 0 = none */
+    bool pattern_is_set;                                 /* config.json may have another sliding_pattern */
     bool one_rope;                                       /* config.json has one for both kinds of layers */
     bool attention_softcap_is_set, final_softcap_is_set; /* by config.json; where not, one there is refused */
     bool plain_norms;                                    /* norms multiply by w, not by 1 + w */
     bool two_norms; /* a block has two norms: branches are added to the residual stream as they are */
     bool no_qk_norm;
-    bool
-        varied; /* Gemma 4: scores are not divided, values are normed, layers differ in shape, may share keys and
-                          values, have inputs of their own and a scalar */
+    /* Gemma 4: scores are not divided, values are normed, layers differ in shape, may share keys and values, have
+     * inputs of their own and a scalar */
+    bool varied;
 };
 
 /* What may differ from layer to layer. */
