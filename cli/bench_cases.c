@@ -136,6 +136,12 @@ static int run_softcap(const struct backend *b, const struct bench_case *c, cons
     return b->core->softcap(b, &m[0], 30);
 }
 
+static int run_scale(const struct backend *b, const struct bench_case *c, const struct mat *m)
+{
+    (void)c;
+    return b->core->scale(b, 0.5f, &m[0], false, &m[1]);
+}
+
 static int run_compare_rows(const struct backend *b, const struct bench_case *c, const struct mat *m)
 {
     (void)c;
@@ -171,6 +177,10 @@ static void add_rows(struct bench_builder *k)
     bench_activations(c, OPERAND_IN, n, 2 * ffn);
     bench_activations(c, OPERAND_OUT, n, ffn);
     c->cols = ffn;
+    c->bytes = bench_bytes(k, c);
+    c = bench_add(k, "scale", run_scale, "[%lld, %lld]", (long long)n, (long long)h);
+    bench_operand(c, OPERAND_IN, DTYPE_F32, n, h);
+    bench_activations(c, OPERAND_OUT, n, h);
     c->bytes = bench_bytes(k, c);
 }
 

@@ -103,7 +103,7 @@ static const struct opt_spec spec = {
 
 /* --- the prompt ------------------------------------------------------------------------------------------------- */
 
-static int prompt_text(const struct args *a, struct text *out)
+static int prompt_text(const struct args *a, enum chat_format chat, struct text *out)
 {
     char *from_file = NULL;
     size_t len = 0;
@@ -117,7 +117,7 @@ static int prompt_text(const struct args *a, struct text *out)
     } else {
         const struct chat_message messages[] = {{"system", a->system}, {"user", user}};
         const size_t skip = a->system ? 0 : 1;
-        rc = chat_template_render(CHAT_GEMMA3, messages + skip, 2 - skip, true, out);
+        rc = chat_template_render(chat, messages + skip, 2 - skip, true, out);
         if (!rc)
             rc = text_finish(out);
     }
@@ -132,7 +132,7 @@ static int make_prompt(const struct args *a, const struct runnable *r, struct to
         return err_set(ERR_UNSUPPORTED,
                        "%s: the tokenizer has no <start_of_turn>: this model has no chat format",
                        r->model->folder);
-    int rc = prompt_text(a, &text);
+    int rc = prompt_text(a, r->model->gemma.family->chat, &text);
     if (!rc)
         rc = tokenizer_encode(r->tokenizer, text.data, text.len, true, ids);
     text_free(&text);

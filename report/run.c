@@ -126,18 +126,25 @@ int run_windows_of(struct windows *out, const struct runnable *r, const char *pa
     return rc;
 }
 
+/* What stands for something other than text. */
+enum { N_OTHERS = 5 };
+
 int run_check_prompt(const struct runnable *r, const struct token_list *ids)
 {
-    const int32_t image = tokenizer_token_id(r->tokenizer, "<start_of_image>");
-    const int32_t soft = tokenizer_token_id(r->tokenizer, "<image_soft_token>");
+    static const char *const others[N_OTHERS] = {"<start_of_image>", "<image_soft_token>", "<|image|>",
+                                                 "<|audio|>", "<|video|>"};
+    int32_t other[N_OTHERS];
+    for (int i = 0; i < N_OTHERS; i++)
+        other[i] = tokenizer_token_id(r->tokenizer, others[i]);
     const int64_t context = r->model->gemma.max_positions;
     if ((int64_t)ids->n > context)
         return err_set(ERR_USAGE, "the prompt has %zu tokens, the model's context is %lld", ids->n,
                        (long long)context);
     for (size_t i = 0; i < ids->n; i++) {
-        if (ids->ids[i] == image || ids->ids[i] == soft)
-            return err_set(ERR_UNSUPPORTED, "the prompt holds the token %s: images are not supported",
-                           tokenizer_token_name(r->tokenizer, ids->ids[i]));
+        for (int k = 0; k < N_OTHERS; k++)
+            if (ids->ids[i] == other[k])
+                return err_set(ERR_UNSUPPORTED, "the prompt holds the token %s: images are not supported",
+                               others[k]);
         if (ids->ids[i] >= r->model->gemma.vocab_size)
             return err_set(ERR_FORMAT,
                            "%s: the prompt has token %d, the model's vocabulary ends at %lld: the tokenizer "

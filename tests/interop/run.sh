@@ -90,6 +90,11 @@ else
         --windows 8 --len 512 --min-kl 0.068 --max-kl 0.081
     check "KL, tiny, gptq" "$python" tests/interop/check_kl.py $tiny "$tmp/gptq" --text "$tmp/heldout.txt" \
         --windows 8 --len 512 --min-kl 0.035 --max-kl 0.065
+    mkdir "$tmp/gemma4-tiny"
+    cp "$data/tiny/gemma4-tiny/"*.json "$data/tiny/tokenizer.json" "$tmp/gemma4-tiny"
+    zstd -dqf "$data/tiny/gemma4-tiny/model.safetensors.zst" -o "$tmp/gemma4-tiny/model.safetensors"
+    cut_and_load gemma4-tiny-cut "$tmp/gemma4-tiny" $rtn
+    logits gemma4-tiny-cut "$tmp/gemma4-tiny"
     big=${GEMCUT_270M:-models/gemma-3-270m}
     check "Gemma 3 270M: make" tools/get-gemma3-270m "$big"
     check "Gemma 3 270M: tokenizer" "$python" tests/interop/test_270m_tokenizer.py --data "$data/data" --model "$big"
