@@ -76,6 +76,7 @@ static int check_same_model(struct verify_report *r, bool *same)
         {"num_key_value_heads", a->n_kv_heads, b->n_kv_heads},
         {"head_dim", a->head_dim, b->head_dim},
         {"vocab_size", a->vocab_size, b->vocab_size},
+        {"hidden_size_per_layer_input", a->ple_size, b->ple_size},
     };
     int rc = 0;
     *same = a->family == b->family;
