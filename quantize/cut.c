@@ -90,9 +90,6 @@ static int open_calibration(struct cut *c)
     int rc = 0;
     if (!r->calibrated)
         return 0;
-    if (c->source.gemma.family->varied)
-        return err_set(ERR_UNSUPPORTED, "%s: calibration of %s is not supported yet (--method rtn has none)",
-                       c->source.folder, c->source.gemma.family->title);
     c->data = c->options.data ? c->options.data : &c->own;
     c->bos = -1;
     if (!c->options.data)
@@ -114,6 +111,8 @@ int cut_open(struct cut **out, const struct cut_options *options)
         rc = backend_open(&c->backend, options->device, options->recipe.calibrated ? options->n_workers : 1);
     if (!rc)
         rc = model_open_unquantized(&c->source, options->model);
+    if (!rc)
+        rc = recipe_check_family(&c->options.recipe, &c->source.gemma, c->source.folder);
     if (!rc)
         rc = model_bind(&c->source, NULL, NULL);
     if (!rc)
