@@ -136,6 +136,12 @@ static int run_softcap(const struct backend *b, const struct bench_case *c, cons
     return b->core->softcap(b, &m[0], 30);
 }
 
+static int run_scale(const struct backend *b, const struct bench_case *c, const struct mat *m)
+{
+    (void)c;
+    return b->core->scale(b, 0.5f, &m[0], false, &m[1]);
+}
+
 static int run_compare_rows(const struct backend *b, const struct bench_case *c, const struct mat *m)
 {
     (void)c;
@@ -171,6 +177,10 @@ static void add_rows(struct bench_builder *k)
     bench_activations(c, OPERAND_IN, n, 2 * ffn);
     bench_activations(c, OPERAND_OUT, n, ffn);
     c->cols = ffn;
+    c->bytes = bench_bytes(k, c);
+    c = bench_add(k, "scale", run_scale, "[%lld, %lld]", (long long)n, (long long)h);
+    bench_operand(c, OPERAND_IN, DTYPE_F32, n, h);
+    bench_activations(c, OPERAND_OUT, n, h);
     c->bytes = bench_bytes(k, c);
 }
 
@@ -280,14 +290,14 @@ static int run_rope_table(const struct backend *b, const struct bench_case *c, c
 
 static int run_split_qkv(const struct backend *b, const struct bench_case *c, const struct mat *m)
 {
-    const struct qkv_spec spec = {c->heads, c->sequences, c->norm, &m[1], &m[1], &m[2]};
+    const struct qkv_spec spec = {c->heads, c->sequences, c->norm, &m[1], &m[1], &m[2], false, false};
     return b->core->split_qkv(b, &spec, &m[0], &m[3], &m[4], &m[5]);
 }
 
 static int run_attention(const struct backend *b, const struct bench_case *c, const struct mat *m)
 {
     const struct attention_spec spec = {c->heads, c->sequences, 1 / sqrtf((float)c->heads.head_dim),
-                                        c->window};
+                                        c->window, 0};
     return b->core->attention(b, &spec, &m[0], &m[1], &m[2], &m[3], NULL);
 }
 
@@ -295,7 +305,7 @@ static int run_attention(const struct backend *b, const struct bench_case *c, co
 static int run_attention_backward(const struct backend *b, const struct bench_case *c, const struct mat *m)
 {
     const struct attention_spec spec = {c->heads, c->sequences, 1 / sqrtf((float)c->heads.head_dim),
-                                        c->window};
+                                        c->window, 0};
     const struct attention_tape tape = {m[0], m[1], m[2], m[3], m[4]};
     return b->train->attention_backward(b, &spec, &tape, &m[5], &m[6], &m[7], &m[8]);
 }

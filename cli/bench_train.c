@@ -58,7 +58,7 @@ static int run_geglu_backward(const struct backend *b, const struct bench_case *
 
 static int run_split_qkv_backward(const struct backend *b, const struct bench_case *c, const struct mat *m)
 {
-    const struct qkv_spec spec = {c->heads, c->sequences, c->norm, &m[1], &m[1], &m[2]};
+    const struct qkv_spec spec = {c->heads, c->sequences, c->norm, &m[1], &m[1], &m[2], false, false};
     return b->train->split_qkv_backward(b, &spec, &m[0], &m[3], &m[4], &m[5], &m[6]);
 }
 

@@ -88,7 +88,7 @@ static void find_kinds(struct tuning_run *r)
 {
     const struct gemma_config *g = &r->model.gemma;
     for (int layer = 0; layer < (int)g->n_layers; layer++) {
-        const int64_t window = g->is_sliding[layer] ? g->sliding_window : 0;
+        const int64_t window = g->layers[layer].sliding ? g->sliding_window : 0;
         int i = 0;
         while (i < r->n_kinds && r->kinds[i].window != window)
             i++;

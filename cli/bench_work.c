@@ -138,7 +138,7 @@ static double tuning_flop(const struct set *s, const struct recipe *r, const str
 static void count_attention(double out[N_WORK], const struct gemma_config *g, int layer,
                             const struct recipe *r, const struct bench_pass *pass)
 {
-    const int64_t window = g->is_sliding[layer] ? g->sliding_window : 0;
+    const int64_t window = g->layers[layer].sliding ? g->sliding_window : 0;
     const double product =
         2 * (double)(g->n_heads * g->head_dim) * bench_attention_pairs(0, pass->length, window);
     const bool last = layer == (int)g->n_layers - 1;

@@ -253,13 +253,16 @@ static int make_recipe(const struct args *a, struct recipe *r)
     return rc ? rc : refuse_uncalibrated(a, r);
 }
 
-/* A family that cannot be run is refused before gigabytes of weights are made up for it. */
-static int refuse_unknown(const struct bench_shape *shape)
+/* A family that cannot be run, or quantized, is refused before gigabytes of weights are made up for it. */
+static int refuse_unknown(const struct bench *b)
 {
     struct gemma_config config;
-    const int rc = bench_shape_config(shape, &config);
-    if (!rc)
-        gemma_config_free(&config);
+    int rc = bench_shape_config(b->shape, &config);
+    if (rc < 0)
+        return rc;
+    if (!strcmp(b->what, "quantize") || !strcmp(b->what, "tune"))
+        rc = recipe_check_family(&b->recipe, &config, b->shape->name);
+    gemma_config_free(&config);
     return rc;
 }
 
@@ -277,9 +280,9 @@ int cmd_bench(int argc, char **argv)
     a.bench.shape = bench_shape(a.shape);
     rc = refuse_foreign(&a);
     if (!rc)
-        rc = refuse_unknown(a.bench.shape);
-    if (!rc)
         rc = make_recipe(&a, &a.bench.recipe);
+    if (!rc)
+        rc = refuse_unknown(&a.bench);
     if (!rc)
         rc = machine_begin(&a.bench.machine);
     return rc ? rc : part->run(&a.bench);

@@ -33,9 +33,13 @@ static const char *part_of(const struct model *m, const char *name)
 {
     if (strncmp(name, m->prefix, strlen(m->prefix)))
         return "other";
+    if (gemma_is_dead(&m->gemma, m->prefix, name))
+        return "unused";
     if (strstr(name, "embed_tokens.weight"))
         return "embedding";
-    return strstr(name, "norm.weight") ? "norms" : "linears";
+    if (strstr(name, "per_layer") && !strstr(name, "norm.weight"))
+        return "per layer";
+    return strstr(name, "norm.weight") || strstr(name, "layer_scalar") ? "norms" : "linears";
 }
 
 static void add_share(struct contents *c, const char *part, const struct tensor *t)
@@ -80,22 +84,32 @@ static struct contents count_contents(const struct model *m)
 static void describe_layers(const struct model *m, struct text *out)
 {
     const struct gemma_config *g = &m->gemma;
-    int64_t sliding = 0;
-    for (int64_t i = 0; i < g->n_layers; i++)
-        sliding += g->is_sliding[i];
-    text_printf(out, "architecture  %s (%s), %lld layers: %lld with a window of %lld tokens, %lld global\n",
-                g->family->title, *m->config.architecture ? m->config.architecture : m->config.model_type,
-                (long long)g->n_layers, (long long)sliding, (long long)g->sliding_window,
-                (long long)(g->n_layers - sliding));
+    int64_t sliding = 0, sharing = 0;
+    for (int64_t i = 0; i < g->n_layers; i++) {
+        sliding += g->layers[i].sliding;
+        sharing += g->layers[i].kv_source != i;
+    }
+    text_printf(out, "architecture  %s (%s), %lld layers", g->family->title,
+                *m->config.architecture ? m->config.architecture : m->config.model_type,
+                (long long)g->n_layers);
+    if (sliding)
+        text_printf(out, ": %lld with a window of %lld tokens, %lld global", (long long)sliding,
+                    (long long)g->sliding_window, (long long)(g->n_layers - sliding));
+    text_add(out, "\n");
     text_printf(
         out,
         "sizes         hidden %lld, MLP %lld, %lld heads and %lld key/value heads of %lld, vocabulary %lld\n",
         (long long)g->hidden_size, (long long)g->intermediate_size, (long long)g->n_heads,
         (long long)g->n_kv_heads, (long long)g->head_dim, (long long)g->vocab_size);
+    if (g->family->varied)
+        text_printf(out,
+                    "layers        global ones have heads of %lld, %lld read another's keys and values, %lld "
+                    "inputs of their own\n",
+                    (long long)g->rope_dim[GEMMA_GLOBAL], (long long)sharing, (long long)g->ple_size);
     text_printf(out, "context       %lld tokens, RoPE %.0f global, %.0f in windows",
-                (long long)g->max_positions, g->rope_theta, g->rope_local_theta);
-    if (g->rope_factor != 1)
-        text_printf(out, ", positions divided by %g", g->rope_factor);
+                (long long)g->max_positions, g->rope[GEMMA_GLOBAL].theta, g->rope[GEMMA_SLIDING].theta);
+    if (g->rope[GEMMA_GLOBAL].factor != 1)
+        text_printf(out, ", positions divided by %g", g->rope[GEMMA_GLOBAL].factor);
     text_add(out, "\n");
 }
 
@@ -221,6 +235,10 @@ static void put_architecture(const struct model *m, struct text *out)
     json_kv_int(out, "num_attention_heads", g->n_heads);
     json_kv_int(out, "num_key_value_heads", g->n_kv_heads);
     json_kv_int(out, "head_dim", g->head_dim);
+    if (g->family->varied) {
+        json_kv_int(out, "global_head_dim", g->rope_dim[GEMMA_GLOBAL]);
+        json_kv_int(out, "hidden_size_per_layer_input", g->ple_size);
+    }
     json_kv_int(out, "vocab_size", g->vocab_size);
     json_kv_int(out, "sliding_window", g->sliding_window);
     json_kv_int(out, "max_position_embeddings", g->max_positions);

@@ -198,7 +198,8 @@ static const struct opt options[] = {
 static const struct opt_spec spec = {
     .command = "gemcut quantize",
     .summary =
-        "Cuts a BF16, F16 or F32 Gemma checkpoint to 4-bit (or 8-bit) weights that vLLM and transformers load: "
+        "Cuts a BF16, F16 or F32 checkpoint of Gemma 1, 2, 3 or dense 4 to 4-bit (or 8-bit) weights that vLLM and "
+        "transformers load: "
         "safetensors in the format of compressed-tensors, AutoRound or GPTQ. OUT appears whole or not at all.",
     .args = positional,
     .n_args = 2,

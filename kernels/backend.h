@@ -144,6 +144,8 @@ struct qkv_spec {
     struct norm_spec norm;
     const struct mat *q_norm, *k_norm; /* [1, head_dim]; NULL = not normed */
     const struct mat *rope;            /* [new tokens of a sequence, head_dim], as rope_table makes it */
+    bool k_is_v;        /* values are not projected: they are the keys, before these are normed and turned */
+    bool values_normed; /* RMSNorm without a weight, head by head */
 };
 
 /* Causal attention of the new tokens over all keys of their sequence up to their own. */
@@ -152,6 +154,7 @@ struct attention_spec {
     struct sequences sequences;
     float scale;    /* of the scores, before softmax */
     int64_t window; /* keys a query sees, itself included; 0 = all */
+    float softcap;  /* scores are softcap·tanh(scale·qk / softcap); 0 = they are scale·qk */
 };
 
 /* What attention read and gave, for its backward pass; as struct core_ops has them. */
@@ -240,11 +243,12 @@ struct core_ops {
                       const struct mat *table);
     /* qkv act [tokens, (n_heads + 2·n_kv_heads)·head_dim], queries, keys, values: norms the heads of the first two,
      * turns them (dimension i with i + head_dim/2, by the table's row), puts q [tokens, n_heads·head_dim] where it
-     * says and keys and values into the cache [sequences·max_positions, n_kv_heads·head_dim]. All act. */
+     * says and keys and values into the cache [sequences·max_positions, n_kv_heads·head_dim]. With k_is_v, qkv has no
+     * values. keys and values NULL: queries alone, in qkv too. All act. */
     int (*split_qkv)(const struct backend *b, const struct qkv_spec *spec, const struct mat *qkv,
                      const struct mat *q, const struct mat *keys, const struct mat *values);
     /* out [tokens, n_heads·head_dim]; keys, values: the cache. All act. lse F32 [tokens, n_heads] or NULL: of every query
-     * the logarithm of its softmax's sum, ln Σ exp(scale·score). */
+     * the logarithm of its softmax's sum, ln Σ exp(score). */
     int (*attention)(const struct backend *b, const struct attention_spec *spec, const struct mat *q,
                      const struct mat *keys, const struct mat *values, const struct mat *out,
                      const struct mat *lse);
@@ -256,6 +260,8 @@ struct core_ops {
                      const struct mat *out);
     /* x = cap·tanh(x / cap) in place, F32 */
     int (*softcap)(const struct backend *b, const struct mat *x, float cap);
+    /* out = (add ? out : 0) + factor·x. x, out: F32 or act; out may be x. */
+    int (*scale)(const struct backend *b, float factor, const struct mat *x, bool add, const struct mat *out);
     /* For every row of logits a (and b, or NULL: then only nll_a and top_a), F32: targets[row] in [0, cols).
      * targets and out: on the host. */
     int (*compare_rows)(const struct backend *b, const struct mat *logits_a, const struct mat *logits_b,

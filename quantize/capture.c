@@ -28,7 +28,7 @@ struct capture {
         middle; /* residual, with attention's branch; where nothing is tuned, the first stream itself */
     struct states attention, inner;
     struct mat normed, branch, qkv, q, gate_up, keys, values; /* [tokens of a batch, …] */
-    struct mat rope[2];                                       /* [length, head_dim] */
+    struct mat rope[GEMMA_KINDS];                             /* [length, head_dim] */
 };
 
 /* One batch of whole sequences. */
@@ -59,17 +59,17 @@ static uint64_t state_bytes(const struct mat *m)
 /* Shapes of x, o's inputs and down's inputs for so many tokens. */
 static void state_shapes(struct mat out[3], const struct gemma_config *c, enum dtype act, int64_t tokens)
 {
-    const int64_t heads = c->n_heads * c->head_dim;
+    const struct gemma_widths widest = gemma_widest(c);
     out[0] = (struct mat){NULL, DTYPE_F32, tokens, c->hidden_size, c->hidden_size};
-    out[1] = (struct mat){NULL, act, tokens, heads, heads};
-    out[2] = (struct mat){NULL, act, tokens, c->intermediate_size, c->intermediate_size};
+    out[1] = (struct mat){NULL, act, tokens, widest.q, widest.q};
+    out[2] = (struct mat){NULL, act, tokens, widest.inner, widest.inner};
 }
 
 static uint64_t lay_out(struct capture *c, const struct gemma_config *g, enum dtype act, int64_t samples,
                         int64_t length)
 {
-    const int64_t heads = g->n_heads * g->head_dim, kv = g->n_kv_heads * g->head_dim,
-                  rows = c->plan.batch * length;
+    const struct gemma_widths widest = gemma_widest(g);
+    const int64_t rows = c->plan.batch * length;
     const bool on_host = c->plan.states_on_host;
     void *base = c->memory.ptr;
     uint64_t at = 0;
@@ -87,13 +87,13 @@ static uint64_t lay_out(struct capture *c, const struct gemma_config *g, enum dt
         lay_out_states(&c->inner, base, &at, false, &shapes[2], rows);
     c->normed = arena_take(base, &at, act, rows, g->hidden_size);
     c->branch = arena_take(base, &at, act, rows, g->hidden_size);
-    c->qkv = arena_take(base, &at, act, rows, heads + 2 * kv);
-    c->q = arena_take(base, &at, act, rows, heads);
-    c->keys = arena_take(base, &at, act, rows, kv);
-    c->values = arena_take(base, &at, act, rows, kv);
-    c->gate_up = arena_take(base, &at, act, rows, 2 * g->intermediate_size);
-    c->rope[0] = arena_take(base, &at, DTYPE_F32, length, g->head_dim);
-    c->rope[1] = arena_take(base, &at, DTYPE_F32, length, g->head_dim);
+    c->qkv = arena_take(base, &at, act, rows, widest.qkv);
+    c->q = arena_take(base, &at, act, rows, widest.q);
+    c->keys = arena_take(base, &at, act, rows, widest.kv);
+    c->values = arena_take(base, &at, act, rows, widest.kv);
+    c->gate_up = arena_take(base, &at, act, rows, 2 * widest.inner);
+    for (int kind = 0; kind < GEMMA_KINDS; kind++)
+        c->rope[kind] = arena_take(base, &at, DTYPE_F32, length, g->rope_dim[kind]);
     return at;
 }
 
@@ -242,15 +242,13 @@ static int to_gate_up(struct step *s)
     struct capture *c = s->c;
     const struct backend *b = c->w->backend;
     const struct block *k = &c->w->blocks[s->layer];
-    const struct norm_spec spec = block_norm(&c->w->config);
     int rc = s->alone ? 0 : states_fetch(c, &c->attention, s->batch);
     if (!rc && !s->alone)
         rc = leave_inputs(s);
     if (!rc)
         rc = linear_set_forward(b, &k->o, &s->attention, &s->branch);
     if (!rc)
-        rc = b->core->add_norm(b, &s->branch, &k->post_attention_norm, &s->x, &k->pre_mlp_norm, &spec,
-                               &s->normed);
+        rc = block_join(c->w, &s->branch, &k->post_attention_norm, &s->x, &k->pre_mlp_norm, &s->normed);
     s->inputs = &s->normed;
     return rc || s->alone ? rc : states_keep(c, &c->middle, &s->x, s->batch);
 }
@@ -269,16 +267,15 @@ static int to_end(struct step *s)
     struct capture *c = s->c;
     const struct backend *b = c->w->backend;
     const struct block *k = &c->w->blocks[s->layer];
-    const struct norm_spec spec = block_norm(&c->w->config);
     int rc = c->plan.keep_inner && !s->alone ? 0 : to_down(s);
     if (!rc)
         rc = linear_set_forward(b, &k->down, &s->inner, &s->branch);
     if (!rc) /* the next block's norm waits for its weight */
-        rc = b->core->add_norm(b, &s->branch, &k->post_mlp_norm, &s->x, NULL, &spec, &s->normed);
+        rc = block_join(c->w, &s->branch, &k->post_mlp_norm, &s->x, NULL, &s->normed);
     return rc ? rc : states_keep(c, s->residual, &s->x, s->batch);
 }
 
-/* What o and down give is normed before it is added to the residual stream (Gemma's post-norms), so that an error counts
+/* What o and down give is normed before it is added to the residual stream (post-norms, from Gemma 2 on), so that an error counts
  * by its share of the output: a token's inputs are divided by the norm of what the weights make of them. KL of Gemma 3
  * 270M over three sets of tokens: 0.1528 without, 0.1509 with. */
 static int weigh(struct step *s, enum gemma_fused set)
@@ -287,6 +284,8 @@ static int weigh(struct step *s, enum gemma_fused set)
     const struct backend *b = c->w->backend;
     const struct block *k = &c->w->blocks[s->layer];
     int rc = 0;
+    if (!k->post_mlp_norm.data)
+        return 0;
     if (set == FUSED_O) {
         s->spare = mat_rows(&c->q, 0, s->batch->rows);
         rc = linear_set_forward(b, &k->o, s->inputs, &s->branch);
@@ -334,7 +333,7 @@ static struct step begin_step(struct capture *c, int layer, const struct states 
                          .normed = mat_rows(&c->normed, 0, t->rows),
                          .branch = mat_rows(&c->branch, 0, t->rows),
                          .inner = c->plan.keep_inner ? states_rows(&c->inner, t)
-                                                     : mat_cols(&gate_up, 0, c->w->config.intermediate_size)};
+                                                     : mat_cols(&gate_up, 0, c->w->blocks[layer].inner)};
 }
 
 static int run_steps(struct capture *c, int layer, int (*to)(struct step *), const struct mat *h,
@@ -431,7 +430,7 @@ static int embed_all(struct capture *c)
     if (!rc)
         rc = b->core->wait(b);
     weights_unload_part(w, WEIGHTS_OUTER);
-    for (int i = 0; !rc && i < 2; i++)
+    for (int i = 0; !rc && i < GEMMA_KINDS; i++)
         rc = b->core->rope_table(b, w->inv_freq[i], 0, &c->rope[i]);
     return rc;
 }

@@ -20,7 +20,8 @@ struct convert {
     struct staging place;
     struct model source;
     struct recipe_plan plan; /* the linears as they are quantized already */
-    struct checkpoint rest;  /* a view of the source's: all tensors but those of quantized linears */
+    struct checkpoint
+        rest; /* a view of the source's: tensors of quantized linears, and dead ones, left out */
     struct writer *writer;
     struct pipeline *copying; /* of the rest */
     struct linear_out *linears;
@@ -76,7 +77,7 @@ static int make_plan(struct convert *c)
     return rc ? rc : check_sets(c);
 }
 
-/* Marks the tensors of quantized linears, and keeps the others. */
+/* Marks the tensors of quantized linears, and keeps the others that anything reads. */
 static int make_rest(struct convert *c)
 {
     const struct checkpoint *all = &c->source.checkpoint;
@@ -93,7 +94,7 @@ static int make_rest(struct convert *c)
                 taken[parts[k] - all->tensors] = true;
     }
     for (size_t i = 0; !rc && i < all->n_tensors; i++)
-        if (!taken[i])
+        if (!taken[i] && !gemma_is_dead(&c->source.gemma, c->source.prefix, all->tensors[i].name))
             c->rest.tensors[c->rest.n_tensors++] = all->tensors[i];
     free(taken);
     return rc;

@@ -31,6 +31,7 @@ struct cut {
     struct backend backend;
     struct staging place;
     struct model source;
+    struct checkpoint live; /* a view of the source's: what is passed on or quantized */
     struct recipe_plan plan;
     struct writer *writer;
     struct pipeline *pipeline;
@@ -111,14 +112,18 @@ int cut_open(struct cut **out, const struct cut_options *options)
     if (!rc)
         rc = model_open_unquantized(&c->source, options->model);
     if (!rc)
+        rc = recipe_check_family(&c->options.recipe, &c->source.gemma, c->source.folder);
+    if (!rc)
         rc = model_bind(&c->source, NULL, NULL);
     if (!rc)
         rc = recipe_resolve(&c->plan, &c->options.recipe, &c->source.tensors);
     if (!rc)
+        rc = model_live_tensors(&c->source, &c->live);
+    if (!rc)
         rc = writer_open(&c->writer, c->place.partial, options->shard_bytes);
     if (!rc)
-        rc = pipeline_open(&c->pipeline, &c->source.checkpoint, &c->source.tensors, &c->plan,
-                           &c->options.recipe, c->writer, &c->backend);
+        rc = pipeline_open(&c->pipeline, &c->live, &c->source.tensors, &c->plan, &c->options.recipe,
+                           c->writer, &c->backend);
     if (!rc)
         rc = open_pool(c);
     if (!rc)
@@ -140,6 +145,7 @@ void cut_close(struct cut *c)
     writer_close(c->writer);
     parallel_close(c->pool);
     recipe_plan_free(&c->plan);
+    free(c->live.tensors);
     model_close(&c->source);
     staging_free(&c->place);
     backend_close(&c->backend);
@@ -151,11 +157,11 @@ struct cut_totals cut_totals(const struct cut *c)
     struct cut_totals t = {.source_bytes = pipeline_source_bytes(c->pipeline),
                            .output_bytes = writer_bytes(c->writer),
                            .n_workers = parallel_workers(c->pool),
-                           .n_tensors = c->source.checkpoint.n_tensors,
+                           .n_tensors = c->live.n_tensors,
                            .calibration = c->calibration};
     t.memory_bytes = pipeline_memory_bytes(c->pipeline, t.n_workers);
     for (size_t i = 0; i < t.n_tensors; i++) {
-        const struct tensor *source = &c->source.checkpoint.tensors[i];
+        const struct tensor *source = &c->live.tensors[i];
         t.n_parameters += tensor_rows(source) * tensor_cols(source);
     }
     for (size_t i = 0; i < c->plan.n; i++) {

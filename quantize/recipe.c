@@ -234,6 +234,14 @@ static void report_ragged(const struct recipe_plan *plan, const struct recipe *r
         log_warn("groups of 256 have no fast kernel in vLLM");
 }
 
+int recipe_check_family(const struct recipe *r, const struct gemma_config *cfg, const char *name)
+{
+    if (!r->calibrated || !cfg->family->varied)
+        return 0;
+    return err_set(ERR_UNSUPPORTED, "%s: calibration of %s is not supported yet (--method rtn has none)",
+                   name, cfg->family->title);
+}
+
 /* Orders the linears so that the members of a set stand together: by layer, set, then model order. */
 static int by_set(const void *a, const void *b)
 {
@@ -404,8 +412,14 @@ static int add_names(char ***list, size_t *n, const struct recipe_plan *plan, co
     for (size_t i = 0; !rc && i < plan->n; i++) {
         if (!described_alike(&plan->linears[i], like))
             continue;
-        char *name = listed_name(plan->linears[i].tensor, cfg);
+        const struct gemma_tensor *t = plan->linears[i].tensor;
+        char *name = listed_name(t, cfg);
         rc = name ? quant_config_add(list, n, name) : ERR_MEMORY;
+        /* vLLM makes a v projection of a k projection that stands for both, and looks for its name */
+        if (!rc && t->role == GEMMA_K && cfg->layers[t->layer].k_is_v) {
+            strstr(name, ".k_proj")[1] = 'v';
+            rc = quant_config_add(list, n, name);
+        }
         free(name);
     }
     return rc;
@@ -427,6 +441,19 @@ static int name_block(struct quant_config *q, const struct recipe_plan *plan, co
         q->block = mem_strndup(name, (size_t)(end - name) + strlen(last));
     free(name);
     return q->block ? 0 : ERR_MEMORY;
+}
+
+/* Linears inside the blocks that are never quantized: those of the layers' own inputs. */
+static int name_per_layer(struct quant_config *q, const struct gemma_config *cfg)
+{
+    static const char *const linears[] = {"per_layer_input_gate", "per_layer_projection"};
+    int rc = 0;
+    for (size_t i = 0; !rc && cfg->ple_size && i < 2 * (size_t)cfg->n_layers; i++) {
+        char *name = mem_printf("%s.%zu.%s", q->block, i / 2, linears[i % 2]);
+        rc = name ? quant_config_add(&q->ignore, &q->n_ignore, name) : ERR_MEMORY;
+        free(name);
+    }
+    return rc;
 }
 
 bool recipe_act_order(const struct recipe *r)
@@ -461,6 +488,8 @@ int recipe_quant_config(struct quant_config *out, const struct recipe_plan *plan
     /* AutoRound's block keeps other parts unquantized */
     if (!rc && format == QUANT_AUTO_ROUND)
         rc = name_block(out, plan, cfg);
+    if (!rc && format == QUANT_AUTO_ROUND)
+        rc = name_per_layer(out, cfg);
     for (int i = 0; !rc && !out->block && i < GEMMA_MAX_IGNORES && cfg->family->ignores[i]; i++)
         rc = quant_config_add(&out->ignore, &out->n_ignore, cfg->family->ignores[i]);
     for (size_t i = 0; !rc && i < plan->n; i++)

@@ -4,25 +4,47 @@
 
 #include "runtime/weights.h"
 
-/* Where a block's tokens stand and what it works in. Matrices are act, their rows the tokens of all sequences. */
+/* Where a block's tokens stand and what it works in. Matrices are act, their rows the tokens of all sequences; where
+ * layers differ in width, they are as wide as the widest needs. */
 struct block_pass {
     struct sequences sequences;
     const struct mat *rope;  /* [new tokens of a sequence, head_dim] by the block's frequencies */
     struct mat qkv, q;       /* [tokens, …], overwritten */
-    struct mat keys, values; /* the cache, [sequences·max_positions, kv] */
+    struct mat keys, values; /* the cache of the block's kv_source, [sequences·max_positions, kv] */
     struct mat lse; /* F32 [tokens, heads]: attention's, for a backward pass; data NULL: not wanted */
+};
+
+/* Layers' own inputs, of these tokens. */
+struct block_input {
+    const int32_t *ids;     /* on the host */
+    struct mat x0;          /* act [tokens, hidden]: what the first block begins with */
+    struct mat sum;         /* F32 [tokens, ple], overwritten as the next ones */
+    struct mat input, gate; /* act [tokens, ple] */
 };
 
 /* How this model's norms are meant. */
 struct norm_spec block_norm(const struct gemma_config *c);
 
-/* out [tokens, heads·head_dim]: attention, which the o projection reads; normed [tokens, hidden]: what q, k and v read */
+/* Columns of a block's queries, which the o projection reads. */
+int64_t block_heads(const struct block *k);
+
+/* out [tokens, block_heads]: attention; normed [tokens, hidden]: what q, k and v read */
 int block_attention(const struct weights *w, int layer, const struct block_pass *pass,
                     const struct mat *normed, const struct mat *out);
 
-/* out [tokens, intermediate]: what the down projection reads; gate_up [tokens, 2·intermediate] is overwritten, and out
+/* out [tokens, inner]: what the down projection reads; gate_up [tokens, 2·inner] is overwritten, and out
  * may be its first half */
 int block_mlp(const struct weights *w, int layer, const struct mat *normed, const struct mat *gate_up,
               const struct mat *out);
+
+/* What stands between two branches: x += branch, normed where post_norm is given (data NULL: as it is), then normed =
+ * RMSNorm(x)·next (NULL: no weight). x: F32 [tokens, hidden] */
+int block_join(const struct weights *w, const struct mat *branch, const struct mat *post_norm,
+               const struct mat *x, const struct mat *next, const struct mat *normed);
+
+/* From the MLP's branch, overwritten, to the block's result in x, and normed = RMSNorm(x)·next for what follows. input:
+ * NULL where the model has none. */
+int block_end(const struct weights *w, int layer, const struct block_input *input, const struct mat *branch,
+              const struct mat *x, const struct mat *next, const struct mat *normed);
 
 #endif

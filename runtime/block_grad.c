@@ -7,8 +7,9 @@
 uint64_t block_tape_place(struct block_tape *t, const struct gemma_config *c, enum dtype act, void *base,
                           int64_t sequences, int64_t length)
 {
-    const int64_t n = sequences * length, hidden = c->hidden_size, inner = c->intermediate_size,
-                  heads = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
+    const struct gemma_widths widest = gemma_widest(c);
+    const int64_t n = sequences * length, hidden = c->hidden_size, inner = widest.inner, heads = widest.q,
+                  kv = widest.kv;
     uint64_t at = 0;
     t->sequences = (struct sequences){sequences, 0, length};
     t->x = arena_take(base, &at, DTYPE_F32, n, hidden);
@@ -16,7 +17,7 @@ uint64_t block_tape_place(struct block_tape *t, const struct gemma_config *c, en
     t->out = arena_take(base, &at, DTYPE_F32, n, hidden);
     t->normed = arena_take(base, &at, act, n, hidden);
     t->mlp_normed = arena_take(base, &at, act, n, hidden);
-    t->qkv = arena_take(base, &at, act, n, heads + 2 * kv);
+    t->qkv = arena_take(base, &at, act, n, widest.qkv);
     t->q = arena_take(base, &at, act, n, heads);
     t->keys = arena_take(base, &at, act, n, kv);
     t->values = arena_take(base, &at, act, n, kv);
@@ -43,15 +44,21 @@ static size_t bytes_of(const struct mat *m)
 
 /* --- forward ---------------------------------------------------------------------------------------------------- */
 
-/* to = from + RMSNorm(branch)·weight, normed = RMSNorm(to)·next */
+/* to = from + the branch, and what follows, as block_join has them */
 static int add_branch(const struct weights *w, const struct mat *from, const struct mat *branch,
                       const struct mat *weight, const struct mat *to, const struct mat *next,
                       const struct mat *normed)
 {
     const struct backend *b = w->backend;
-    const struct norm_spec spec = block_norm(&w->config);
     const int rc = b->core->copy(b, to->data, from->data, bytes_of(from));
-    return rc ? rc : b->core->add_norm(b, branch, weight, to, next, &spec, normed);
+    return rc ? rc : block_join(w, branch, weight, to, next, normed);
+}
+
+/* Layers that differ in width, share keys and values or have inputs of their own have no backward pass yet. */
+static int check_block(const struct gemma_config *c)
+{
+    return c->family->varied ? err_set(ERR_UNSUPPORTED, "tuning of %s is not supported yet", c->family->title)
+                             : 0;
 }
 
 int block_grad_forward(const struct weights *w, int layer, struct block_tape *t)
@@ -60,7 +67,9 @@ int block_grad_forward(const struct weights *w, int layer, struct block_tape *t)
     const struct block *k = &w->blocks[layer];
     const struct norm_spec spec = block_norm(&w->config);
     const struct block_pass pass = {t->sequences, t->rope, t->qkv, t->q, t->keys, t->values, t->lse};
-    int rc = b->core->rms_norm(b, &t->x, &k->input_norm, &spec, &t->normed);
+    int rc = check_block(&w->config);
+    if (!rc)
+        rc = b->core->rms_norm(b, &t->x, &k->input_norm, &spec, &t->normed);
     if (!rc)
         rc = block_attention(w, layer, &pass, &t->normed, &t->attention);
     if (!rc)
@@ -111,15 +120,25 @@ static int set_backward(const struct backend *b, const struct linear_set *s, con
     return rc;
 }
 
+/* From the residual stream's gradient to a branch's, through its norm where it has one: t->dbranch. */
+static int branch_backward(const struct weights *w, const struct mat *branch, const struct mat *weight,
+                           const struct block_tape *t)
+{
+    const struct backend *b = w->backend;
+    const struct norm_spec spec = block_norm(&w->config);
+    return weight->data ? b->train->rms_norm_backward(b, branch, weight, &spec, &t->dx, NULL, &t->dbranch)
+                        : b->core->scale(b, 1, &t->dx, false, &t->dbranch);
+}
+
 static int mlp_backward(const struct weights *w, int layer, struct block_tape *t, bool add,
                         const struct block_grads *g)
 {
     const struct backend *b = w->backend;
     const struct block *k = &w->blocks[layer];
     const struct norm_spec spec = block_norm(&w->config);
-    const int64_t width = w->config.intermediate_size;
+    const int64_t width = k->inner;
     const struct mat gate = mat_cols(&t->gate_up, 0, width), up = mat_cols(&t->gate_up, width, width);
-    int rc = b->train->rms_norm_backward(b, &t->down, &k->post_mlp_norm, &spec, &t->dx, NULL, &t->dbranch);
+    int rc = branch_backward(w, &t->down, &k->post_mlp_norm, t);
     if (!rc)
         rc = set_backward(b, &k->down, &t->dbranch, &t->inner, &t->dinner, add, &g->sets[FUSED_DOWN]);
     if (!rc)
@@ -137,12 +156,16 @@ static int attention_backward(const struct weights *w, int layer, struct block_t
 {
     const struct backend *b = w->backend;
     const struct block *k = &w->blocks[layer];
-    const struct norm_spec spec = block_norm(&w->config);
     const struct heads heads = {k->n_heads, k->n_kv_heads, k->head_dim};
-    const struct qkv_spec split = {heads, t->sequences, spec, &k->q_norm, &k->k_norm, t->rope};
-    const struct attention_spec attend = {heads, t->sequences, k->score_scale, k->window};
+    const struct qkv_spec split = {.heads = heads,
+                                   .sequences = t->sequences,
+                                   .norm = block_norm(&w->config),
+                                   .q_norm = k->q_norm.data ? &k->q_norm : NULL,
+                                   .k_norm = k->k_norm.data ? &k->k_norm : NULL,
+                                   .rope = t->rope};
+    const struct attention_spec attend = {heads, t->sequences, k->score_scale, k->window, k->softcap};
     const struct attention_tape tape = {t->q, t->keys, t->values, t->attention, t->lse};
-    int rc = b->train->rms_norm_backward(b, &t->o, &k->post_attention_norm, &spec, &t->dx, NULL, &t->dbranch);
+    int rc = branch_backward(w, &t->o, &k->post_attention_norm, t);
     if (!rc)
         rc = set_backward(b, &k->o, &t->dbranch, &t->attention, &t->dattention, add, &g->sets[FUSED_O]);
     if (!rc)

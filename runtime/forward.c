@@ -15,10 +15,12 @@ struct forward {
     struct forward_size size;
     int64_t n_sequences, position;
     struct buf memory;
-    struct mat x;                                          /* [tokens, hidden], the residual stream */
-    struct mat normed, branch, qkv, q, attention, gate_up; /* [tokens, …] */
-    struct mat rope[2];        /* [max_rows, head_dim] of global and sliding layers */
-    struct mat *keys, *values; /* [n_layers] of [sequences·max_positions, kv] */
+    struct mat x; /* [tokens, hidden], the residual stream */
+    struct mat normed, branch, qkv, q, attention,
+        gate_up;                  /* [tokens, …], as wide as the widest layer needs */
+    struct block_input input;     /* data NULL where layers have no inputs of their own */
+    struct mat rope[GEMMA_KINDS]; /* [max_rows, head_dim] of global and sliding layers */
+    struct mat *keys, *values;    /* [n_layers] of [sequences·max_positions, kv] */
     forward_observer observer;
     void *observer_ctx;
 };
@@ -27,7 +29,7 @@ struct forward {
 static uint64_t plan(const struct gemma_config *c, enum dtype act, const struct forward_size *size,
                      struct forward *f)
 {
-    const int64_t heads = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
+    const struct gemma_widths widest = gemma_widest(c);
     const int64_t tokens = size->n_sequences * size->max_rows,
                   slots = size->n_sequences * size->max_positions;
     struct forward unused;
@@ -37,15 +39,29 @@ static uint64_t plan(const struct gemma_config *c, enum dtype act, const struct 
     p->x = arena_take(base, &at, DTYPE_F32, tokens, c->hidden_size);
     p->normed = arena_take(base, &at, act, tokens, c->hidden_size);
     p->branch = arena_take(base, &at, act, tokens, c->hidden_size);
-    p->qkv = arena_take(base, &at, act, tokens, heads + 2 * kv);
-    p->q = arena_take(base, &at, act, tokens, heads);
-    p->attention = arena_take(base, &at, act, tokens, heads);
-    p->gate_up = arena_take(base, &at, act, tokens, 2 * c->intermediate_size);
-    p->rope[0] = arena_take(base, &at, DTYPE_F32, size->max_rows, c->head_dim);
-    p->rope[1] = arena_take(base, &at, DTYPE_F32, size->max_rows, c->head_dim);
+    p->qkv = arena_take(base, &at, act, tokens, widest.qkv);
+    p->q = arena_take(base, &at, act, tokens, widest.q);
+    p->attention = arena_take(base, &at, act, tokens, widest.q);
+    p->gate_up = arena_take(base, &at, act, tokens, 2 * widest.inner);
+    if (c->ple_size) {
+        p->input.x0 = arena_take(base, &at, act, tokens, c->hidden_size);
+        p->input.sum = arena_take(base, &at, DTYPE_F32, tokens, c->ple_size);
+        p->input.input = arena_take(base, &at, act, tokens, c->ple_size);
+        p->input.gate = arena_take(base, &at, act, tokens, c->ple_size);
+    }
+    for (int kind = 0; kind < GEMMA_KINDS; kind++)
+        p->rope[kind] = arena_take(base, &at, DTYPE_F32, size->max_rows, c->rope_dim[kind]);
     for (int64_t i = 0; i < c->n_layers; i++) {
-        const struct mat keys = arena_take(base, &at, act, slots, kv),
-                         values = arena_take(base, &at, act, slots, kv);
+        const struct gemma_layer *l = &c->layers[i];
+        if (l->kv_source != i) { /* before it */
+            if (f) {
+                f->keys[i] = f->keys[l->kv_source];
+                f->values[i] = f->values[l->kv_source];
+            }
+            continue;
+        }
+        const struct mat keys = arena_take(base, &at, act, slots, l->n_kv_heads * l->head_dim),
+                         values = arena_take(base, &at, act, slots, l->n_kv_heads * l->head_dim);
         if (f) {
             f->keys[i] = keys;
             f->values[i] = values;
@@ -114,13 +130,13 @@ void forward_observe(struct forward *f, forward_observer observer, void *ctx)
 
 /* A branch reads RMSNorm(x); its output is normed again and added to the residual stream. The norm that the next
  * branch begins with follows at once, while the row is at hand. n: tokens of a sequence. */
-static int attention_branch(struct forward *f, int layer, int64_t n, const struct norm_spec *norm)
+static int attention_branch(struct forward *f, int layer, int64_t n)
 {
     const struct block *k = &f->w->blocks[layer];
-    const struct backend *b = f->w->backend;
     const int64_t tokens = f->n_sequences * n;
     const struct mat x = mat_rows(&f->x, 0, tokens), normed = mat_rows(&f->normed, 0, tokens),
-                     branch = mat_rows(&f->branch, 0, tokens), attention = mat_rows(&f->attention, 0, tokens);
+                     branch = mat_rows(&f->branch, 0, tokens), widest = mat_rows(&f->attention, 0, tokens),
+                     attention = mat_cols(&widest, 0, block_heads(k));
     const struct block_pass pass = {.sequences = {f->n_sequences, f->position, f->size.max_positions},
                                     .rope = &f->rope[k->rope],
                                     .qkv = mat_rows(&f->qkv, 0, tokens),
@@ -129,25 +145,41 @@ static int attention_branch(struct forward *f, int layer, int64_t n, const struc
                                     .values = f->values[layer]};
     int rc = block_attention(f->w, layer, &pass, &normed, &attention);
     if (!rc)
-        rc = linear_set_forward(b, &k->o, &attention, &branch);
-    return rc ? rc
-              : b->core->add_norm(b, &branch, &k->post_attention_norm, &x, &k->pre_mlp_norm, norm, &normed);
+        rc = linear_set_forward(f->w->backend, &k->o, &attention, &branch);
+    return rc ? rc : block_join(f->w, &branch, &k->post_attention_norm, &x, &k->pre_mlp_norm, &normed);
 }
 
-static int mlp_branch(struct forward *f, int layer, int64_t n, const struct norm_spec *norm)
+/* ids: of these tokens */
+static int mlp_branch(struct forward *f, int layer, int64_t n, const int32_t *ids)
 {
     const struct block *k = &f->w->blocks[layer];
-    const struct backend *b = f->w->backend;
     const int64_t tokens = f->n_sequences * n;
     const struct mat x = mat_rows(&f->x, 0, tokens), normed = mat_rows(&f->normed, 0, tokens),
-                     branch = mat_rows(&f->branch, 0, tokens), gate_up = mat_rows(&f->gate_up, 0, tokens);
-    const struct mat inner = mat_cols(&gate_up, 0, f->w->config.intermediate_size);
+                     branch = mat_rows(&f->branch, 0, tokens), widest = mat_rows(&f->gate_up, 0, tokens),
+                     gate_up = mat_cols(&widest, 0, 2 * k->inner), inner = mat_cols(&gate_up, 0, k->inner);
     const struct mat *next =
         layer + 1 < f->w->config.n_layers ? &f->w->blocks[layer + 1].input_norm : &f->w->final_norm;
+    struct block_input input = f->input;
+    if (f->w->config.ple_size)
+        input = (struct block_input){ids, mat_rows(&input.x0, 0, tokens), mat_rows(&input.sum, 0, tokens),
+                                     mat_rows(&input.input, 0, tokens), mat_rows(&input.gate, 0, tokens)};
     int rc = block_mlp(f->w, layer, &normed, &gate_up, &inner);
     if (!rc)
-        rc = linear_set_forward(b, &k->down, &inner, &branch);
-    return rc ? rc : b->core->add_norm(b, &branch, &k->post_mlp_norm, &x, next, norm, &normed);
+        rc = linear_set_forward(f->w->backend, &k->down, &inner, &branch);
+    return rc ? rc : block_end(f->w, layer, &input, &branch, &x, next, &normed);
+}
+
+/* x = E[id]·√hidden, and what of it the layers' own inputs need. The scale is √hidden itself here; BF16 runtimes round it
+ * to BF16. */
+static int embed(struct forward *f, const int32_t *ids, const struct mat *x)
+{
+    const struct gemma_config *c = &f->w->config;
+    const struct backend *b = f->w->backend;
+    const int rc = b->core->embed(b, &f->w->embedding, ids, sqrtf((float)c->hidden_size), x);
+    if (rc < 0 || !c->ple_size)
+        return rc;
+    const struct mat x0 = mat_rows(&f->input.x0, 0, x->rows);
+    return b->core->scale(b, 1, x, false, &x0);
 }
 
 int forward_run(struct forward *f, const int32_t *ids, int64_t n, struct mat *hidden)
@@ -161,18 +193,17 @@ int forward_run(struct forward *f, const int32_t *ids, int64_t n, struct mat *hi
     const struct mat x = mat_rows(&f->x, 0, f->n_sequences * n),
                      normed = mat_rows(&f->normed, 0, f->n_sequences * n);
     const struct norm_spec norm = block_norm(c);
-    /* the scale is √hidden itself here; BF16 runtimes round it to BF16 */
-    int rc = b->core->embed(b, &f->w->embedding, ids, sqrtf((float)c->hidden_size), &x);
-    for (int i = 0; !rc && i < 2; i++) {
+    int rc = embed(f, ids, &x);
+    for (int i = 0; !rc && i < GEMMA_KINDS; i++) {
         const struct mat table = mat_rows(&f->rope[i], 0, n);
         rc = b->core->rope_table(b, f->w->inv_freq[i], f->position, &table);
     }
     if (!rc)
         rc = b->core->rms_norm(b, &x, &f->w->blocks[0].input_norm, &norm, &normed);
     for (int layer = 0; !rc && layer < c->n_layers; layer++) {
-        rc = attention_branch(f, layer, n, &norm);
+        rc = attention_branch(f, layer, n);
         if (!rc)
-            rc = mlp_branch(f, layer, n, &norm);
+            rc = mlp_branch(f, layer, n, ids);
         if (!rc && f->observer)
             rc = f->observer(f->observer_ctx, layer, &x);
     }
@@ -184,5 +215,8 @@ int forward_run(struct forward *f, const int32_t *ids, int64_t n, struct mat *hi
 
 int forward_logits(const struct weights *w, const struct mat *hidden, const struct mat *logits)
 {
-    return w->backend->core->gemm(w->backend, hidden, &w->embedding, logits);
+    const struct backend *b = w->backend;
+    const int rc = b->core->gemm(b, hidden, &w->embedding, logits);
+    return rc || !(w->config.final_softcap > 0) ? rc
+                                                : b->core->softcap(b, logits, (float)w->config.final_softcap);
 }

@@ -33,7 +33,7 @@ int64_t forward_position(const struct forward *f);
 int forward_run(struct forward *f, const int32_t *ids, int64_t n, struct mat *hidden);
 void forward_observe(struct forward *f, forward_observer observer, void *ctx);
 
-/* logits F32 [hidden->rows, vocab] = hidden · embeddingᵀ */
+/* logits F32 [hidden->rows, vocab] = hidden · embeddingᵀ, capped where the model has it so */
 int forward_logits(const struct weights *w, const struct mat *hidden, const struct mat *logits);
 
 #endif

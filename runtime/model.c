@@ -269,3 +269,15 @@ size_t model_n_dequantized(const struct model *m)
         n += model_is_bound(&m->linears[i]) && !m->linears[i].direct;
     return n;
 }
+
+int model_live_tensors(const struct model *m, struct checkpoint *out)
+{
+    const struct checkpoint *all = &m->checkpoint;
+    *out = *all;
+    out->n_tensors = 0;
+    out->tensors = mem_alloc(all->n_tensors, sizeof *out->tensors, "a list of tensors");
+    for (size_t i = 0; out->tensors && i < all->n_tensors; i++)
+        if (!gemma_is_dead(&m->gemma, m->prefix, all->tensors[i].name))
+            out->tensors[out->n_tensors++] = all->tensors[i];
+    return out->tensors ? 0 : ERR_MEMORY;
+}

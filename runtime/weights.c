@@ -1,6 +1,7 @@
 #include "runtime/weights.h"
 
 #include "base/err.h"
+#include "base/half.h"
 #include "base/mem.h"
 #include "base/text.h"
 #include "formats/quant_layout.h"
@@ -372,47 +373,79 @@ static int load_linears(struct loader *l)
 
 /* --- the rest ----------------------------------------------------------------------------------------------------- */
 
-/* Norms and the embedding find their places by the last part of their names. */
+/* A number, which the host needs. */
+static int load_scalar(const struct loader *l, const struct tensor *t, float *out)
+{
+    uint32_t bits = 0;
+    const int rc = checkpoint_read(&l->m->checkpoint, t, 0, t->bytes, &bits);
+    if (t->dtype == DTYPE_F32)
+        memcpy(out, &bits, sizeof *out);
+    else
+        *out = t->dtype == DTYPE_BF16 ? half_from_bf16((uint16_t)bits) : half_from_f16((uint16_t)bits);
+    return rc;
+}
+
+struct place {
+    const char *name; /* how the tensor's name ends */
+    struct mat *to;
+};
+
+static int load_into(struct loader *l, const struct tensor *t, const struct place *places, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (text_ends_with(t->name, places[i].name))
+            return load_tensor(l, t, places[i].to);
+    return err_set(ERR_UNSUPPORTED, "tensor '%s' has no place in the model", t->name);
+}
+
+/* What is not a linear finds its place by the last part of its name. */
 static int load_plain(struct loader *l, const struct gemma_tensor *spec)
 {
     struct weights *w = l->w;
     const struct tensor *t = checkpoint_tensor(&l->m->checkpoint, spec->name);
     CHECK(t);
-    if (spec->role == GEMMA_EMBEDDING)
-        return load_tensor(l, t, &w->embedding);
-    if (spec->layer < 0)
-        return load_tensor(l, t, &w->final_norm);
+    if (spec->layer < 0) {
+        const struct place outer[] = {
+            {".embed_tokens.weight", &w->embedding},
+            {".norm.weight", &w->final_norm},
+            {".embed_tokens_per_layer.weight", &w->per_layer.table},
+            {".per_layer_model_projection.weight", &w->per_layer.projection},
+            {".per_layer_projection_norm.weight", &w->per_layer.norm},
+        };
+        return load_into(l, t, outer, sizeof outer / sizeof *outer);
+    }
     struct block *b = &w->blocks[spec->layer];
-    const struct {
-        const char *name;
-        struct mat *place;
-    } norms[] = {
+    if (spec->role == GEMMA_SCALAR)
+        return load_scalar(l, t, &b->scalar);
+    const struct place inner[] = {
         {".input_layernorm.weight", &b->input_norm},
         {".q_norm.weight", &b->q_norm},
         {".k_norm.weight", &b->k_norm},
-        {".post_attention_layernorm.weight", &b->post_attention_norm},
+        /* where there are two norms, the second is called as the first of four that follow a branch */
+        {".post_attention_layernorm.weight",
+         w->config.family->two_norms ? &b->pre_mlp_norm : &b->post_attention_norm},
         {".pre_feedforward_layernorm.weight", &b->pre_mlp_norm},
         {".post_feedforward_layernorm.weight", &b->post_mlp_norm},
+        {".per_layer_input_gate.weight", &b->ple_gate},
+        {".per_layer_projection.weight", &b->ple_projection},
+        {".post_per_layer_input_norm.weight", &b->ple_norm},
     };
-    for (size_t i = 0; i < sizeof norms / sizeof *norms; i++)
-        if (text_ends_with(spec->name, norms[i].name))
-            return load_tensor(l, t, norms[i].place);
-    return err_set(ERR_UNSUPPORTED, "tensor '%s' has no place in a block", spec->name);
+    return load_into(l, t, inner, sizeof inner / sizeof *inner);
 }
 
-/* 1/θ^(2i/d), global layers divided by the linear scaling factor. */
+/* 1/(factor·θ^(2i/d)) for the pairs that turn, 0 for the others. */
 static int make_inv_freq(struct weights *w)
 {
     const struct gemma_config *c = &w->config;
-    const int64_t half = c->head_dim / 2;
-    for (int sliding = 0; sliding < 2; sliding++) {
-        float *f = w->inv_freq[sliding] = mem_alloc((size_t)half, sizeof *f, "RoPE frequencies");
+    for (int kind = 0; kind < GEMMA_KINDS; kind++) {
+        const struct gemma_rope *r = &c->rope[kind];
+        const int64_t dim = c->rope_dim[kind], half = dim / 2,
+                      turning = (int64_t)(r->rotated * (double)dim) / 2;
+        float *f = w->inv_freq[kind] = mem_alloc((size_t)half, sizeof *f, "RoPE frequencies");
         if (!f)
             return ERR_MEMORY;
-        const double theta = sliding ? c->rope_local_theta : c->rope_theta;
-        const double factor = sliding ? 1 : c->rope_factor;
         for (int64_t i = 0; i < half; i++)
-            f[i] = (float)(1 / pow(theta, 2 * (double)i / (double)c->head_dim) / factor);
+            f[i] = i < turning ? (float)(1 / pow(r->theta, 2 * (double)i / (double)dim) / r->factor) : 0;
     }
     return 0;
 }
@@ -420,13 +453,19 @@ static int make_inv_freq(struct weights *w)
 static void describe_block(struct weights *w, int64_t i)
 {
     const struct gemma_config *c = &w->config;
-    const bool sliding = c->is_sliding[i];
+    const struct gemma_layer *l = &c->layers[i];
     w->blocks[i] = (struct block){.n_heads = (int)c->n_heads,
-                                  .n_kv_heads = (int)c->n_kv_heads,
-                                  .head_dim = (int)c->head_dim,
-                                  .window = sliding ? c->sliding_window : 0,
+                                  .n_kv_heads = (int)l->n_kv_heads,
+                                  .head_dim = (int)l->head_dim,
+                                  .inner = l->intermediate_size,
+                                  .window = l->sliding ? c->sliding_window : 0,
                                   .score_scale = (float)(1 / sqrt(c->query_pre_attn_scalar)),
-                                  .rope = sliding};
+                                  .softcap = (float)c->attention_softcap,
+                                  .rope = l->sliding ? GEMMA_SLIDING : GEMMA_GLOBAL,
+                                  .kv_source = (int)l->kv_source,
+                                  .k_is_v = l->k_is_v,
+                                  .values_normed = c->family->varied,
+                                  .scalar = 1};
 }
 
 int weights_open(struct weights *w, const struct model *m, const struct backend *b)
@@ -509,7 +548,8 @@ uint64_t weights_part_bytes(const struct model *m, int part)
                           : (uint64_t)cols * dtype_bytes(plain_dtype(l)));
     }
     for (size_t i = 0; i < m->tensors.n; i++)
-        if (!gemma_is_linear(m->tensors.list[i].role) && m->tensors.list[i].layer == part)
+        if (!gemma_is_linear(m->tensors.list[i].role) && m->tensors.list[i].role != GEMMA_SCALAR &&
+            m->tensors.list[i].layer == part)
             bytes += checkpoint_tensor(&m->checkpoint, m->tensors.list[i].name)->bytes;
     return bytes;
 }
@@ -529,8 +569,8 @@ void weights_free(struct weights *w)
     close_loader(w->loader);
     free(w->bufs);
     free(w->blocks);
-    free(w->inv_freq[0]);
-    free(w->inv_freq[1]);
+    for (int kind = 0; kind < GEMMA_KINDS; kind++)
+        free(w->inv_freq[kind]);
     *w = (struct weights){0};
 }
 

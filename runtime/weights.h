@@ -23,24 +23,40 @@ struct linear_set {
 };
 
 /* One decoder block: what it computes with, and how. Settings are per layer, because families differ in them from
- * layer to layer. */
+ * layer to layer. Matrices with data NULL: this block has none. */
 struct block {
     int n_heads, n_kv_heads, head_dim;
+    int64_t inner;  /* of the MLP */
     int64_t window; /* keys a query sees; 0 = all */
-    float score_scale;
-    int rope; /* which of weights.inv_freq it turns by */
+    float score_scale, softcap;
+    int rope;           /* which of weights.inv_freq it turns by */
+    int kv_source;      /* the layer whose keys and values it reads: itself, or one before it */
+    bool k_is_v;        /* values are what the k projection gives; qkv is q and k */
+    bool values_normed; /* without a weight */
+    float scalar;       /* of the block's result */
     struct linear_set qkv, o, gate_up, down;
     struct mat input_norm, q_norm, k_norm, post_attention_norm, pre_mlp_norm, post_mlp_norm; /* [1, n] */
+    struct mat ple_gate, ple_projection,
+        ple_norm; /* of the layer's own input: [ple, hidden], [hidden, ple], [1, hidden] */
+};
+
+/* Where layers have inputs of their own; of layer i are columns [i·ple, …) of the table and such rows of the projection.
+ */
+struct per_layer_weights {
+    struct mat table;      /* [vocab, layers·ple] */
+    struct mat projection; /* [layers·ple, hidden] */
+    struct mat norm;       /* [1, ple] */
 };
 
 struct weights {
     const struct backend *backend;
-    struct gemma_config config; /* is_sliding is the model's own */
+    struct gemma_config config; /* its layers are the model's own */
     struct mat embedding;       /* [vocab, hidden]; the output head too */
     struct mat final_norm;
-    struct block *blocks;    /* [n_layers] */
-    float *inv_freq[2];      /* [head_dim / 2] of global and of sliding layers, on the host */
-    struct weight_buf *bufs; /* what was acquired */
+    struct per_layer_weights per_layer; /* data NULL: none */
+    struct block *blocks;               /* [n_layers] */
+    float *inv_freq[GEMMA_KINDS];       /* [rope_dim / 2] of global and of sliding layers, on the host */
+    struct weight_buf *bufs;            /* what was acquired */
     size_t n_bufs, capacity;
     uint64_t bytes; /* of all of them */
     struct loader *loader;

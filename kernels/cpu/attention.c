@@ -17,9 +17,14 @@ struct attention_job {
     int64_t run, n_runs;
 };
 
-/* softmax of scale·s[0..n) in place, zero beyond up to `padded`; returns ln Σ exp(scale·s). */
-CPU_CLONES static float softmax_row(float *s, int64_t n, int64_t padded, float scale)
+/* softmax of scale·s[0..n), capped where cap is not 0, in place, zero beyond up to `padded`; returns ln Σ exp of what it
+ * is the softmax of. */
+CPU_CLONES static float softmax_row(float *s, int64_t n, int64_t padded, float scale, float cap)
 {
+    if (cap > 0) {
+        cap_scores(s, n, scale, cap);
+        scale = 1;
+    }
     float highest = s[0];
     for (int64_t i = 1; i < n; i++)
         highest = s[i] > highest ? s[i] : highest;
@@ -68,7 +73,8 @@ static int attention_task(void *ctx, size_t index, int worker)
         const int64_t begin =
             a->window && position - a->window + 1 > from ? position - a->window + 1 - from : 0;
         float *s = scores + r * width;
-        const float lse = softmax_row(s + begin, position + 1 - from - begin, width - begin, a->scale);
+        const float lse =
+            softmax_row(s + begin, position + 1 - from - begin, width - begin, a->scale, a->softcap);
         if (j->lse)
             ((float *)j->lse->data)[(row + r) * j->lse->stride + head] = lse;
         for (int64_t i = 0; i < begin; i++)
@@ -90,7 +96,7 @@ int cpu_attention(const struct backend *b, const struct attention_spec *spec, co
           out->dtype == DTYPE_F32);
     CHECK(h->n_heads % h->n_kv_heads == 0 && q->cols == h->n_heads * h->head_dim && q->rows % s->n == 0);
     CHECK(positions <= s->max_positions && keys->rows >= s->n * s->max_positions);
-    CHECK(keys->cols == h->n_kv_heads * h->head_dim && spec->scale > 0);
+    CHECK(keys->cols == h->n_kv_heads * h->head_dim && spec->scale > 0 && spec->softcap >= 0);
     CHECK(!lse || (lse->dtype == DTYPE_F32 && lse->rows == q->rows && lse->cols == h->n_heads));
     const int64_t reach = spec->window && spec->window < positions ? spec->window : positions;
     const int64_t fitting = CPU_SCRATCH_BYTES / 4 / (reach + QUERIES);

@@ -43,6 +43,24 @@ CPU_CLONES static void score_row(float *p, float *dp, int64_t n, float scale, fl
     }
 }
 
+/* The same of capped scores: the gradient by scale·qk is that by its cap·tanh, times 1 − tanh². */
+CPU_CLONES static void capped_row(float *p, float *dp, int64_t n, const struct attention_spec *a, float lse,
+                                  float inner)
+{
+    cap_scores(p, n, a->scale, a->softcap);
+    for (int64_t i = 0; i < n; i++) {
+        const float t = p[i] / a->softcap;
+        dp[i] = (dp[i] - inner) * (1 - t * t) * a->scale;
+    }
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        vstore(p + i, vexp(vload(p + i) - lse));
+    for (; i < n; i++)
+        p[i] = expf(p[i] - lse);
+    for (int64_t k = 0; k < n; k++)
+        dp[k] *= p[k];
+}
+
 static void mask_and_score(const struct backward_job *j, const struct run *r, float *p, float *dp)
 {
     const struct attention_spec *a = j->spec;
@@ -57,8 +75,11 @@ static void mask_and_score(const struct backward_job *j, const struct run *r, fl
                     *dout = head_of(j->dout, r->row + i, r->head, d);
         for (int64_t c = 0; c < d; c++)
             inner += out[c] * dout[c];
-        score_row(scores + begin, slopes + begin, end - begin, a->scale,
-                  head_of(&j->tape->lse, r->row + i, r->head, 1)[0], inner);
+        const float lse = head_of(&j->tape->lse, r->row + i, r->head, 1)[0];
+        if (a->softcap > 0)
+            capped_row(scores + begin, slopes + begin, end - begin, a, lse, inner);
+        else
+            score_row(scores + begin, slopes + begin, end - begin, a->scale, lse, inner);
         for (int64_t c = 0; c < begin; c++)
             scores[c] = slopes[c] = 0;
         for (int64_t c = end; c < r->width; c++)

@@ -257,7 +257,8 @@ int cpu_split_qkv_backward(const struct backend *b, const struct qkv_spec *spec,
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         check_f32(all[i]);
     CHECK(h->head_dim > 0 && h->head_dim % 2 == 0 && qkv->rows % s->n == 0);
-    CHECK(qkv->cols == q_cols + 2 * kv_cols && dqkv->cols == qkv->cols && dqkv->rows == qkv->rows);
+    CHECK(qkv->cols == q_cols + (spec->k_is_v ? 1 : 2) * kv_cols && dqkv->cols == qkv->cols &&
+          dqkv->rows == qkv->rows);
     CHECK(dq->cols == q_cols && dq->rows == qkv->rows && dkeys->cols == kv_cols && dvalues->cols == kv_cols);
     CHECK(dkeys->rows >= s->n * s->max_positions && dvalues->rows == dkeys->rows);
     CHECK(s->first_position + qkv->rows / s->n <= s->max_positions);
@@ -265,6 +266,8 @@ int cpu_split_qkv_backward(const struct backend *b, const struct qkv_spec *spec,
     if (h->head_dim > MAX_HEAD)
         return err_set(ERR_UNSUPPORTED, "split_qkv_backward: heads of %d, expected at most %d", h->head_dim,
                        MAX_HEAD);
+    if (spec->k_is_v || spec->values_normed)
+        return err_set(ERR_UNSUPPORTED, "split_qkv_backward: values that are normed, or keys too");
     int rc = spec->q_norm ? cpu_check_float(spec->q_norm, "split_qkv_backward") : 0;
     if (!rc && spec->k_norm)
         rc = cpu_check_float(spec->k_norm, "split_qkv_backward");

@@ -159,6 +159,7 @@ const struct core_ops cpu_core_ops = {
     .geglu = cpu_geglu,
     .over_norm = cpu_over_norm,
     .softcap = cpu_softcap,
+    .scale = cpu_scale,
     .compare_rows = cpu_compare_rows,
     .sample_rows = cpu_sample_rows,
 };

@@ -57,6 +57,7 @@ int cpu_split_qkv(const struct backend *b, const struct qkv_spec *spec, const st
 int cpu_geglu(const struct backend *b, const struct mat *gate, const struct mat *up, const struct mat *out);
 int cpu_over_norm(const struct backend *b, const struct mat *x, const struct mat *y, const struct mat *out);
 int cpu_softcap(const struct backend *b, const struct mat *x, float cap);
+int cpu_scale(const struct backend *b, float factor, const struct mat *x, bool add, const struct mat *out);
 int cpu_gemm(const struct backend *b, const struct mat *x, const struct mat *w, const struct mat *out);
 int cpu_q_gemm(const struct backend *b, const struct mat *x, const struct qmat *w, const struct mat *out);
 int cpu_matmul(const struct backend *b, float alpha, const struct mat *x, const struct mat *m, bool add,
@@ -257,6 +258,30 @@ CPU_INLINE vfloat vexp(vfloat x)
 CPU_INLINE vfloat vtanh(vfloat x)
 {
     return 1.0f - 2.0f / (vexp(2.0f * x) + 1.0f);
+}
+
+/* tanh with a relative error below 2^-22, also of small x: a polynomial below 0.625 (coefficients: Cephes, tanhf). */
+CPU_INLINE vfloat vtanh_relative(vfloat x)
+{
+    const vfloat z = x * x;
+    vfloat p = z * -5.70498872745e-3f + 2.06390887954e-2f;
+    p = p * z - 5.37397155531e-2f;
+    p = p * z + 1.33314422036e-1f;
+    p = p * z - 3.33332819422e-1f;
+    return vselect(z < 0.390625f, p * z * x + x, vtanh(x));
+}
+
+/* What attention makes of n products of a query with keys: cap·tanh(scale·s / cap), in place. */
+CPU_INLINE void cap_scores(float *s, int64_t n, float scale, float cap)
+{
+    const float inner = scale / cap;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        vstore(s + i, cap * vtanh_relative(vload(s + i) * inner));
+    float rest[LANES] = {0};
+    memcpy(rest, s + i, (size_t)(n - i) * sizeof *rest);
+    vstore(rest, cap * vtanh_relative(vload(rest) * inner));
+    memcpy(s + i, rest, (size_t)(n - i) * sizeof *rest);
 }
 
 /* 0 when the matrix holds one of the float types that load_row knows. */

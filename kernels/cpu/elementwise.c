@@ -181,6 +181,14 @@ struct qkv_job {
     int64_t n_new; /* tokens of a sequence */
 };
 
+/* n heads of one token, normed without a weight. */
+static void norm_heads(const struct qkv_job *j, const float *x, int n, float *out)
+{
+    const int64_t d = j->spec->heads.head_dim;
+    for (int h = 0; h < n; h++)
+        norm_row(x + h * d, NULL, &j->spec->norm, NULL, out + h * d, d);
+}
+
 /* n heads of one token, normed and turned into out. */
 static void turn_heads(const struct qkv_job *j, const float *x, const struct mat *norm, int n,
                        const float *table, float *out)
@@ -200,14 +208,21 @@ static int qkv_task(void *ctx, size_t run, int worker)
     (void)worker;
     const struct qkv_job *j = ctx;
     const struct qkv_spec *s = j->spec;
-    const int64_t q_cols = (int64_t)s->heads.n_heads * s->heads.head_dim, kv_cols = j->keys->cols;
+    const int64_t q_cols = (int64_t)s->heads.n_heads * s->heads.head_dim,
+                  kv_cols = j->keys ? j->keys->cols : 0;
     for (int64_t r = (int64_t)run * RUN; r < run_end(run, j->qkv->rows); r++) {
         const int64_t token = r % j->n_new;
         const int64_t slot = r / j->n_new * s->sequences.max_positions + s->sequences.first_position + token;
         const float *x = row_of(j->qkv, r), *table = row_of(s->rope, token);
         turn_heads(j, x, s->q_norm, s->heads.n_heads, table, row_of(j->q, r));
+        if (!j->keys)
+            continue;
         turn_heads(j, x + q_cols, s->k_norm, s->heads.n_kv_heads, table, row_of(j->keys, slot));
-        memcpy(row_of(j->values, slot), x + q_cols + kv_cols, (size_t)kv_cols * sizeof(float));
+        const float *values = x + q_cols + (s->k_is_v ? 0 : kv_cols);
+        if (s->values_normed)
+            norm_heads(j, values, s->heads.n_kv_heads, row_of(j->values, slot));
+        else
+            memcpy(row_of(j->values, slot), values, (size_t)kv_cols * sizeof(float));
     }
     return 0;
 }
@@ -220,13 +235,17 @@ int cpu_split_qkv(const struct backend *b, const struct qkv_spec *spec, const st
     const int64_t q_cols = (int64_t)h->n_heads * h->head_dim, kv_cols = (int64_t)h->n_kv_heads * h->head_dim;
     check_f32(qkv);
     check_f32(q);
-    check_f32(keys);
-    check_f32(values);
     check_f32(spec->rope);
     CHECK(h->head_dim > 0 && h->head_dim % 2 == 0 && qkv->rows % s->n == 0);
-    CHECK(qkv->cols == q_cols + 2 * kv_cols && q->cols == q_cols && q->rows == qkv->rows);
-    CHECK(keys->cols == kv_cols && values->cols == kv_cols && keys->rows >= s->n * s->max_positions);
-    CHECK(values->rows == keys->rows && s->first_position + qkv->rows / s->n <= s->max_positions);
+    CHECK(qkv->cols == q_cols + (!keys ? 0 : spec->k_is_v ? 1 : 2) * kv_cols);
+    CHECK(q->cols == q_cols && q->rows == qkv->rows && !keys == !values);
+    CHECK(s->first_position + qkv->rows / s->n <= s->max_positions);
+    if (keys) {
+        check_f32(keys);
+        check_f32(values);
+        CHECK(keys->cols == kv_cols && values->cols == kv_cols && keys->rows >= s->n * s->max_positions);
+        CHECK(values->rows == keys->rows);
+    }
     CHECK(spec->rope->cols == h->head_dim && spec->rope->rows >= qkv->rows / s->n);
     CHECK(!spec->q_norm || spec->q_norm->cols == h->head_dim);
     CHECK(!spec->k_norm || spec->k_norm->cols == h->head_dim);
@@ -317,6 +336,34 @@ int cpu_over_norm(const struct backend *b, const struct mat *x, const struct mat
     CHECK(x->rows == out->rows && y->rows == out->rows && x->cols == out->cols);
     struct over_job j = {x, y, out};
     return parallel_for(cpu_state(b)->pool, n_runs(out->rows), over_task, &j);
+}
+
+struct scale_job {
+    const struct mat *x, *out;
+    float factor;
+    bool add;
+};
+
+static int scale_task(void *ctx, size_t run, int worker)
+{
+    (void)worker;
+    const struct scale_job *j = ctx;
+    for (int64_t r = (int64_t)run * RUN; r < run_end(run, j->out->rows); r++) {
+        const float *x = row_of(j->x, r);
+        float *out = row_of(j->out, r);
+        for (int64_t c = 0; c < j->out->cols; c++)
+            out[c] = (j->add ? out[c] : 0) + j->factor * x[c];
+    }
+    return 0;
+}
+
+int cpu_scale(const struct backend *b, float factor, const struct mat *x, bool add, const struct mat *out)
+{
+    check_f32(x);
+    check_f32(out);
+    CHECK(x->rows == out->rows && x->cols == out->cols);
+    struct scale_job j = {x, out, factor, add};
+    return parallel_for(cpu_state(b)->pool, n_runs(out->rows), scale_task, &j);
 }
 
 int cpu_softcap(const struct backend *b, const struct mat *x, float cap)

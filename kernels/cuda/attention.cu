@@ -329,18 +329,20 @@ typedef int launch_fn(const struct backend *b, const struct problem *a, int64_t 
 static const struct {
     int head_dim, shared_bytes;
     launch_fn *prefill;
-} variants[] = {
+} variants
+    [] =
+        {
 #define PREFILL(D, WM, WN, MT, BN)                                                                           \
     tiling<D, WM, WN, MT, BN>::SHARED_BYTES, launch_prefill<tiling<D, WM, WN, MT, BN>>
-    {64, PREFILL(64, 4, 2, 2, 128)},
-    {64, PREFILL(64, 4, 2, 1, 64)}, /* this and the last of each size: devices with 99 KiB */
-    {128, PREFILL(128, 4, 2, 2, 128)},
-    {128, PREFILL(128, 4, 2, 1, 64)},
-    {256, PREFILL(256, 4, 2, 2, 64)},
-    {256, PREFILL(256, 4, 2, 1, 32)},
-    {512, PREFILL(512, 2, 4, 2, 64)}, /* sm_90 */
-    {512, PREFILL(512, 4, 2, 1, 32)}, /* sm_80 */
-    {512, PREFILL(512, 1, 2, 1, 32)},
+            {64, PREFILL(64, 4, 2, 2, 128)},
+            {64, PREFILL(64, 4, 2, 1, 64)}, /* this and the last of each size: devices with 99 KiB */
+            {128, PREFILL(128, 4, 2, 2, 128)},
+            {128, PREFILL(128, 4, 2, 1, 64)},
+            {256, PREFILL(256, 4, 2, 2, 64)},
+            {256, PREFILL(256, 4, 2, 1, 32)},
+            {512, PREFILL(512, 2, 4, 2, 64)}, /* sm_90 */
+            {512, PREFILL(512, 4, 2, 1, 32)}, /* sm_80 */
+            {512, PREFILL(512, 1, 2, 1, 32)},
 #undef PREFILL
 };
 
@@ -368,6 +370,8 @@ extern "C" int attention_check(const char *op, const struct attention_spec *spec
     CHECK(s->max_positions < 1 << 30); /* positions are int in the kernels */
     CHECK(keys->rows >= s->n * s->max_positions && values->rows >= s->n * s->max_positions);
     CHECK(spec->scale > 0 && spec->window >= 0);
+    if (spec->softcap > 0)
+        return err_set(ERR_UNSUPPORTED, "%s: soft cap", op);
     if (h->head_dim < 8 || h->head_dim > 512 || h->head_dim % 8)
         return err_set(ERR_UNSUPPORTED, "%s: heads of %d, expected a multiple of 8 up to 512", op,
                        h->head_dim);

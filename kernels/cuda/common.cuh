@@ -71,6 +71,7 @@ int cuda_attention(const struct backend *b, const struct attention_spec *spec, c
 int cuda_geglu(const struct backend *b, const struct mat *gate, const struct mat *up, const struct mat *out);
 int cuda_over_norm(const struct backend *b, const struct mat *x, const struct mat *y, const struct mat *out);
 int cuda_softcap(const struct backend *b, const struct mat *x, float cap);
+int cuda_scale(const struct backend *b, float factor, const struct mat *x, bool add, const struct mat *out);
 int cuda_compare_rows(const struct backend *b, const struct mat *logits_a, const struct mat *logits_b,
                       const int32_t *targets, struct row_comparison *out);
 int cuda_sample_rows(const struct backend *b, const struct mat *logits, float temperature, uint64_t seed,

@@ -240,6 +240,7 @@ static struct core_ops make_core_ops(void)
     o.geglu = cuda_geglu;
     o.over_norm = cuda_over_norm;
     o.softcap = cuda_softcap;
+    o.scale = cuda_scale;
     o.compare_rows = cuda_compare_rows;
     o.sample_rows = cuda_sample_rows;
     return o;

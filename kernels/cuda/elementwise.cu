@@ -319,6 +319,8 @@ static int check_qkv(const struct qkv_spec *spec, const struct mat *qkv, const s
     const struct heads *h = &spec->heads;
     const struct sequences *s = &spec->sequences;
     const int64_t q_cols = (int64_t)h->n_heads * h->head_dim, kv_cols = (int64_t)h->n_kv_heads * h->head_dim;
+    if (!keys || spec->k_is_v || spec->values_normed)
+        return err_set(ERR_UNSUPPORTED, "split_qkv: queries alone, or values that are normed or keys too");
     CHECK(h->head_dim > 0 && h->head_dim % 2 == 0 && qkv->rows % s->n == 0);
     CHECK(qkv->cols == q_cols + 2 * kv_cols && q->cols == q_cols && q->rows == qkv->rows);
     CHECK(keys->cols == kv_cols && values->cols == kv_cols && keys->rows >= s->n * s->max_positions);
@@ -494,4 +496,44 @@ extern "C" int cuda_softcap(const struct backend *b, const struct mat *x, float 
     softcap_kernel<<<(unsigned)(blocks < 65536 ? blocks : 65536), THREADS, 0, cuda_state(b)->stream>>>(
         (float *)x->data, x->rows, x->cols, x->stride, cap);
     return cuda_launched("softcap");
+}
+
+template <typename TX, typename TOUT>
+static __global__ void scale_kernel(const TX *x, int64_t x_stride, TOUT *out, int64_t out_stride,
+                                    int64_t rows, int64_t cols, float factor, bool add)
+{
+    const int64_t n = rows * cols, step = (int64_t)gridDim.x * THREADS;
+    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < n; i += step) {
+        TOUT *to = out + i / cols * out_stride + i % cols;
+        const float y = factor * to_float(x[i / cols * x_stride + i % cols]);
+        *to = from_float<TOUT>(add ? to_float(*to) + y : y);
+    }
+}
+
+extern "C" int cuda_scale(const struct backend *b, float factor, const struct mat *x, bool add,
+                          const struct mat *out)
+{
+    CHECK(x->rows == out->rows && x->cols == out->cols);
+    int rc = x->dtype == DTYPE_F32 ? 0 : check_dtype(x, DTYPE_BF16, "scale");
+    if (!rc && out->dtype != DTYPE_F32)
+        rc = check_dtype(out, DTYPE_BF16, "scale");
+    const int64_t n = (x->rows * x->cols + THREADS - 1) / THREADS;
+    if (rc < 0 || n == 0)
+        return rc;
+    const unsigned blocks = (unsigned)(n < 65536 ? n : 65536);
+    const cudaStream_t stream = cuda_state(b)->stream;
+    const bool from_f32 = x->dtype == DTYPE_F32, to_f32 = out->dtype == DTYPE_F32;
+    if (from_f32 && to_f32)
+        scale_kernel<<<blocks, THREADS, 0, stream>>>((const float *)x->data, x->stride, (float *)out->data,
+                                                     out->stride, x->rows, x->cols, factor, add);
+    else if (from_f32)
+        scale_kernel<<<blocks, THREADS, 0, stream>>>((const float *)x->data, x->stride, (bf16 *)out->data,
+                                                     out->stride, x->rows, x->cols, factor, add);
+    else if (to_f32)
+        scale_kernel<<<blocks, THREADS, 0, stream>>>((const bf16 *)x->data, x->stride, (float *)out->data,
+                                                     out->stride, x->rows, x->cols, factor, add);
+    else
+        scale_kernel<<<blocks, THREADS, 0, stream>>>((const bf16 *)x->data, x->stride, (bf16 *)out->data,
+                                                     out->stride, x->rows, x->cols, factor, add);
+    return cuda_launched("scale");
 }

@@ -90,7 +90,8 @@ static void test_attention(void **state)
         const struct attention_spec spec = {{heads[0], heads[1], dim},
                                             {places[place].n, first, first + rows + (int64_t)(i % 2) * 5},
                                             1 / sqrtf((float)dim),
-                                            windows[turn]};
+                                            windows[turn],
+                                            0};
         check_attention(&o, &spec, rows, (int64_t)(i % 3) * 8, 4);
     }
     parity_print(&o, "relative L2 error");
@@ -102,7 +103,7 @@ static void test_attention_every_length(void **state)
     struct outcome o = {"attention, 1 … 300 new tokens", act_bound, 0, 0};
     for (int64_t rows = 1; rows <= 300; rows++) {
         const struct attention_spec spec = {
-            {2, 1, dims[rows % 4]}, {1 + rows % 2, rows * 7 % 60, 400}, 0.125f, rows % 3 ? 0 : 40};
+            {2, 1, dims[rows % 4]}, {1 + rows % 2, rows * 7 % 60, 400}, 0.125f, rows % 3 ? 0 : 40, 0};
         check_attention(&o, &spec, rows, 0, 4);
     }
     parity_print(&o, "relative L2 error");
@@ -116,9 +117,9 @@ static void test_attention_extremes(void **state)
                    peaks = {"attention, large scores", act_bound, 0, 0};
     for (int64_t rows = 1; rows <= 20; rows += 19)
         for (int64_t window = 0; window <= 1024; window += 1024) {
-            const struct attention_spec spec = {{4, 1, 256}, {1, 5000, 5020}, 0.0625f, window};
+            const struct attention_spec spec = {{4, 1, 256}, {1, 5000, 5020}, 0.0625f, window, 0};
             check_attention(&o, &spec, rows, 0, 4);
-            const struct attention_spec sharp = {{4, 2, 64}, {2, 300, 320}, 1, window};
+            const struct attention_spec sharp = {{4, 2, 64}, {2, 300, 320}, 1, window, 0};
             check_attention(&peaks, &sharp, rows, 8, 30);
         }
     parity_print(&o, "relative L2 error");
@@ -141,7 +142,8 @@ static void test_attention_lse(void **state)
         const struct attention_spec spec = {{heads[0], heads[1], dim},
                                             {1 + (int64_t)(i % 3), first, first + rows + 3},
                                             i % 7 ? 1 / sqrtf((float)dim) : 1,
-                                            windows[(turn + i / 2) % 4]};
+                                            windows[(turn + i / 2) % 4],
+                                            0};
         struct attention_args a = {.spec = spec,
                                    .q = twin_random(ACT, spec.sequences.n * rows, heads[0] * dim, slack, 4),
                                    .keys = make_cache(&spec, first + rows, slack),
@@ -235,7 +237,8 @@ static void test_backward(void **state)
         const struct attention_spec spec = {{heads[0], heads[1], dim},
                                             {places[place].n, 0, rows + (int64_t)(i % 2) * 5},
                                             1 / sqrtf((float)dim),
-                                            windows[turn]};
+                                            windows[turn],
+                                            0};
         check_backward(o, &spec, rows, (int64_t)(i % 3) * 8, 4);
     }
     print_outcomes(o);
@@ -248,7 +251,7 @@ static void test_backward_every_length(void **state)
     start_outcomes(o);
     for (int64_t rows = 2; rows <= 270; rows++) {
         const struct attention_spec spec = {
-            {2, 1, dims[rows % 4]}, {1 + rows % 2, 0, 280}, 0.125f, rows % 3 ? 0 : 40};
+            {2, 1, dims[rows % 4]}, {1 + rows % 2, 0, 280}, 0.125f, rows % 3 ? 0 : 40, 0};
         check_backward(o, &spec, rows, 0, 4);
     }
     print_outcomes(o);
@@ -264,11 +267,16 @@ static void test_backward_extremes(void **state)
         int64_t rows;
         double amplitude;
     } cases[] = {
-        {{{4, 2, 64}, {2, 0, 320}, 1, 0}, 300, 30},         {{{4, 2, 64}, {2, 0, 320}, 1, 64}, 300, 30},
-        {{{2, 1, 256}, {1, 0, 1100}, 0.0625f, 0}, 1100, 4}, {{{2, 1, 8}, {2, 0, 300}, 0.3f, 0}, 300, 4},
-        {{{2, 2, 264}, {1, 0, 200}, 0.06f, 0}, 200, 4},     {{{3, 1, 504}, {1, 0, 200}, 0.05f, 0}, 200, 4},
-        {{{2, 1, 64}, {1, 0, 600}, 0.125f, 128}, 600, 4},   {{{2, 1, 64}, {1, 0, 600}, 0.125f, 257}, 600, 4},
-        {{{2, 1, 64}, {1, 0, 600}, 0.125f, 258}, 600, 4},   {{{8, 8, 8}, {15, 0, 897}, 0.3f, 0}, 897, 4},
+        {{{4, 2, 64}, {2, 0, 320}, 1, 0, 0}, 300, 30},
+        {{{4, 2, 64}, {2, 0, 320}, 1, 64, 0}, 300, 30},
+        {{{2, 1, 256}, {1, 0, 1100}, 0.0625f, 0, 0}, 1100, 4},
+        {{{2, 1, 8}, {2, 0, 300}, 0.3f, 0, 0}, 300, 4},
+        {{{2, 2, 264}, {1, 0, 200}, 0.06f, 0, 0}, 200, 4},
+        {{{3, 1, 504}, {1, 0, 200}, 0.05f, 0, 0}, 200, 4},
+        {{{2, 1, 64}, {1, 0, 600}, 0.125f, 128, 0}, 600, 4},
+        {{{2, 1, 64}, {1, 0, 600}, 0.125f, 257, 0}, 600, 4},
+        {{{2, 1, 64}, {1, 0, 600}, 0.125f, 258, 0}, 600, 4},
+        {{{8, 8, 8}, {15, 0, 897}, 0.3f, 0, 0}, 897, 4},
     };
     struct outcome o[3];
     start_outcomes(o);
@@ -282,14 +290,14 @@ static void test_backward_refusals(void **state)
 {
     (void)state;
     const struct backend *b = &side[DEVICE];
-    const struct attention_spec spec = {{1, 1, 64}, {1, 0, 4}, 0.125f, 0};
+    const struct attention_spec spec = {{1, 1, 64}, {1, 0, 4}, 0.125f, 0, 0};
     struct attention_args a = make_backward(&spec, 4, 0, 1);
     a.dkeys = twin_make(ACT, 4, 64, 3);
     int rc = run_backward(b, DEVICE, &a);
     if (rc)
         assert_error(rc, ERR_UNSUPPORTED, "attention_backward, gradients: keys");
     parity_free();
-    const struct attention_spec large = {{8, 1, 8}, {1, 0, 4200}, 0.3f, 0};
+    const struct attention_spec large = {{8, 1, 8}, {1, 0, 4200}, 0.3f, 0, 0};
     a = make_backward(&large, 4200, 0, 1);
     rc = run_backward(b, DEVICE, &a);
     if (rc)
@@ -301,7 +309,7 @@ static void test_attention_alignment(void **state)
 {
     (void)state;
     const struct backend *b = &side[DEVICE];
-    const struct attention_spec spec = {{1, 1, 64}, {1, 0, 4}, 0.125f, 0};
+    const struct attention_spec spec = {{1, 1, 64}, {1, 0, 4}, 0.125f, 0, 0};
     struct outcome o = {"attention, odd strides", act_bound, 0, 0};
     struct attention_args a = {.spec = spec,
                                .q = twin_random(ACT, 4, 64, 3, 1),

@@ -442,7 +442,8 @@ static int refused_core(const struct backend *b, enum side s, const struct refus
     const struct mat *bad = &a->bad.m[s], *row = &a->bad_row.m[s], *w = &a->w.m[s], *act = &a->act.m[s],
                      *x = &a->out.m[s], *out = &a->norm_out.m[s], *wide = &a->wide.m[s];
     const struct qkv_spec split = {
-        {1, 1, 16}, {1, 0, 16}, norm, a->which == 9 ? row : NULL, a->which == 10 ? row : NULL, x};
+        {1, 1, 16}, {1, 0, 16}, norm, a->which == 9 ? row : NULL, a->which == 10 ? row : NULL,
+        x,          false,      false};
     void *result = a->ids.m[s].data;
     switch (a->which) {
     case 0:

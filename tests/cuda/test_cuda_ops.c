@@ -323,6 +323,42 @@ static void test_over_norm(void **state)
     parity_print(&o, "relative L2 error");
 }
 
+struct scale_args {
+    struct twin x, out;
+    float factor;
+    bool add;
+};
+
+static int run_scale(const struct backend *b, enum side s, const void *args)
+{
+    const struct scale_args *a = args;
+    return b->core->scale(b, a->factor, &a->x.m[s], a->add, &a->out.m[s]);
+}
+
+/* From the residual stream to activations, back onto it, in place. */
+static void test_scale(void **state)
+{
+    (void)state;
+    static const int64_t widths[] = {1, 15, 256, 2560};
+    struct outcome o[2] = {{"scale", act_bound, 0, 0}, {"scale, in F32", 1e-6, 0, 0}};
+    for (size_t i = 0; i < N_OF(widths) * 2 * 2 * 2 * 2; i++) {
+        const bool from_act = i / 4 % 2, to_act = i / 8 % 2, in_place = from_act == to_act && i / 32;
+        const int64_t cols = widths[i % 4];
+        struct scale_args a = {twin_random(from_act ? ACT : DTYPE_F32, 21, cols, slacks[i % 3], 3),
+                               twin_random(to_act ? ACT : DTYPE_F32, 21, cols, slacks[i % 2], 3),
+                               i % 3 ? 1 : 0.0045f, i / 16 % 2};
+        if (in_place)
+            a.out = a.x;
+        char text[80];
+        snprintf(text, sizeof text, "%d columns, %s to %s%s%s", (int)cols, from_act ? "act" : "F32",
+                 to_act ? "act" : "F32", a.add ? ", added" : "", in_place ? ", in place" : "");
+        parity_case(run_scale, &a, &(struct result){&o[!to_act], &a.out, false}, 1, text);
+        parity_free();
+    }
+    parity_print(&o[0], "relative L2 error");
+    parity_print(&o[1], "relative L2 error");
+}
+
 struct softcap_args {
     struct twin x;
     float cap;
@@ -401,7 +437,7 @@ static void test_nan_stays_in_heads(void **state)
     const struct twin qkv = with_nan(ACT, 1, 192, 0, 70), rope = twin_random(DTYPE_F32, 1, 64, 0, 1),
                       q = twin_make(ACT, 1, 64, 0), keys = twin_make(ACT, 1, 64, 0),
                       values = twin_make(ACT, 1, 64, 0);
-    struct qkv_spec split = {{1, 1, 64}, {1, 0, 1}, {1e-6f, true}, NULL, NULL, &rope.m[DEVICE]};
+    struct qkv_spec split = {{1, 1, 64}, {1, 0, 1}, {1e-6f, true}, NULL, NULL, &rope.m[DEVICE], false, false};
     assert_ok(
         b->core->split_qkv(b, &split, &qkv.m[DEVICE], &q.m[DEVICE], &keys.m[DEVICE], &values.m[DEVICE]));
     assert_true(isnan(seen(&keys, 0, 6)) && isnan(seen(&keys, 0, 38)) && isfinite(seen(&keys, 0, 5)));
@@ -414,7 +450,7 @@ static void test_nan_stays_in_heads(void **state)
     /* attention: in the query, a key, a value; few new tokens and many */
     for (int64_t n = 1; n <= 20; n += 19)
         for (int where = 0; where < 3; where++) {
-            const struct attention_spec spec = {{1, 1, 64}, {1, 39, 39 + n}, 0.125f, 0};
+            const struct attention_spec spec = {{1, 1, 64}, {1, 39, 39 + n}, 0.125f, 0, 0};
             const int64_t slots = 39 + n, row = where ? 20 : 0;
             const struct twin bad = with_nan(ACT, where ? slots : n, 64, row, 33),
                               query = where ? twin_random(ACT, n, 64, 0, 1) : bad,
@@ -463,6 +499,7 @@ int main(int argc, char **argv)
         cmocka_unit_test_teardown(test_geglu, parity_clean_up),
         cmocka_unit_test_teardown(test_over_norm, parity_clean_up),
         cmocka_unit_test_teardown(test_geglu_extremes, parity_clean_up),
+        cmocka_unit_test_teardown(test_scale, parity_clean_up),
         cmocka_unit_test_teardown(test_softcap, parity_clean_up),
         cmocka_unit_test_teardown(test_nan_stays_in_a_row, parity_clean_up),
         cmocka_unit_test_teardown(test_nan_stays_in_heads, parity_clean_up),

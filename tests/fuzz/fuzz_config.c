@@ -50,7 +50,13 @@ static void try_gemma(const struct hf_config *cfg)
     struct gemma_tensors tensors;
     if (gemma_config_read(&gemma, cfg) < 0)
         return;
-    CHECK(gemma.family && gemma.n_layers >= 1 && gemma.n_heads % gemma.n_kv_heads == 0);
+    CHECK(gemma.family && gemma.n_layers >= 1);
+    for (int64_t i = 0; i < gemma.n_layers; i++) {
+        const struct gemma_layer *l = &gemma.layers[i], *from = &gemma.layers[l->kv_source];
+        CHECK(gemma.n_heads % l->n_kv_heads == 0 && l->head_dim % 2 == 0 && l->intermediate_size > 0);
+        CHECK(l->kv_source <= i && from->kv_source == l->kv_source && from->head_dim == l->head_dim &&
+              from->n_kv_heads == l->n_kv_heads && from->sliding == l->sliding);
+    }
     if (gemma.n_layers <= 64 && gemma_tensors(&tensors, &gemma, "model.") == 0) {
         for (size_t i = 0; i < tensors.n; i++)
             CHECK(tensors.list[i].shape[0] > 0 && tensors.list[i].layer < gemma.n_layers);

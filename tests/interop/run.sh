@@ -19,6 +19,7 @@ python=$(tools/interop-env)
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
 . tests/check.sh
+dropped=() # of what a cut leaves out on purpose
 cut_and_load() { # cut_and_load NAME MODEL [OPTION…]
     local name=$1 model=$2
     shift 2
@@ -26,7 +27,7 @@ cut_and_load() { # cut_and_load NAME MODEL [OPTION…]
     local run=(--windows 2 --length 64)
     [ -e "$model/tokenizer.json" ] || run=(--no-run)
     check "$name: verify" "$gemcut" verify "$tmp/$name" --against "$model" "${run[@]}"
-    check "$name: transformers + compressed-tensors" "$python" tests/interop/test_compressed_tensors.py "$model" "$tmp/$name"
+    check "$name: transformers + compressed-tensors" "$python" tests/interop/test_compressed_tensors.py "$model" "$tmp/$name" "${dropped[@]}"
 }
 logits() { # logits NAME MODEL [OPTION…]: our forward pass against transformers'
     local name=$1 model=$2
@@ -51,6 +52,17 @@ cut_and_load mixed $tiny $rtn --ignore '*layers.2.mlp.down_proj' --override '*se
 for dialect in hub model; do
     check "multimodal, $dialect names: make" "$python" tests/interop/make_tiny_gemma3_mm.py "$tmp/mm-$dialect" --dialect "$dialect"
     cut_and_load "mm-$dialect-cut" "$tmp/mm-$dialect" $rtn
+done
+for family in gemma gemma2 gemma3 gemma4-text gemma4-e2b gemma4-31b gemma4-unified; do
+    check "$family: make" "$python" tests/interop/make_tiny.py "$tmp/$family" --family "$family"
+    [ $family = gemma4-e2b ] && dropped=(--allow-dropped '\.[3-5]\.self_attn\.[kv]_proj\.')
+    cut_and_load "$family-cut" "$tmp/$family" $rtn
+    dropped=()
+    logits "$family-cut" "$tmp/$family" --ids 700
+    for format in auto-round gptq; do
+        check "$family, $format: cut" "$gemcut" quantize "$tmp/$family" "$tmp/$family-$format" -q $rtn --format $format
+    done
+    check "$family: layouts" "$python" tests/interop/test_layouts.py "$tmp/$family-cut" "$tmp/$family-auto-round" "$tmp/$family-gptq"
 done
 for format in auto-round gptq; do
     check "$format: cut" "$gemcut" quantize $tiny "$tmp/range-$format" -q $rtn --format $format
@@ -79,6 +91,11 @@ else
         --windows 8 --len 512 --min-kl 0.068 --max-kl 0.081
     check "KL, tiny, gptq" "$python" tests/interop/check_kl.py $tiny "$tmp/gptq" --text "$tmp/heldout.txt" \
         --windows 8 --len 512 --min-kl 0.035 --max-kl 0.065
+    mkdir "$tmp/gemma4-tiny"
+    cp "$data/tiny/gemma4-tiny/"*.json "$data/tiny/tokenizer.json" "$tmp/gemma4-tiny"
+    zstd -dqf "$data/tiny/gemma4-tiny/model.safetensors.zst" -o "$tmp/gemma4-tiny/model.safetensors"
+    cut_and_load gemma4-tiny-cut "$tmp/gemma4-tiny" $rtn
+    logits gemma4-tiny-cut "$tmp/gemma4-tiny"
     big=${GEMCUT_270M:-models/gemma-3-270m}
     check "Gemma 3 270M: make" tools/get-gemma3-270m "$big"
     check "Gemma 3 270M: tokenizer" "$python" tests/interop/test_270m_tokenizer.py --data "$data/data" --model "$big"

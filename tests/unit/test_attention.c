@@ -54,6 +54,7 @@ static void test_rope_table(void **state)
 struct split_case {
     struct qkv_spec spec;
     struct mat qkv;
+    bool queries_alone;
 };
 
 enum { QUERIES, KEYS, VALUES, N_VIEWS };
@@ -77,7 +78,8 @@ static int run_split(const struct backend *b, const void *args, const struct mat
     const struct split_case *c = args;
     struct mat view[N_VIEWS];
     split_views(c, out->data, view);
-    return b->core->split_qkv(b, &c->spec, &c->qkv, &view[QUERIES], &view[KEYS], &view[VALUES]);
+    return b->core->split_qkv(b, &c->spec, &c->qkv, &view[QUERIES], c->queries_alone ? NULL : &view[KEYS],
+                              c->queries_alone ? NULL : &view[VALUES]);
 }
 
 /* One head of token r, normed and turned. */
@@ -114,11 +116,15 @@ static double *naive_split(const struct split_case *c, int64_t used)
         const int64_t slot = r / n_new * s->max_positions + s->first_position + r % n_new;
         for (int64_t i = 0; i < h->n_heads; i++)
             naive_head(c, r, i * d, c->spec.q_norm, q + r * view[QUERIES].stride + i * d);
-        for (int64_t i = 0; i < h->n_kv_heads; i++)
+        for (int64_t i = 0; !c->queries_alone && i < h->n_kv_heads; i++) {
+            double *v = values + slot * view[VALUES].stride + i * d;
             naive_head(c, r, (h->n_heads + i) * d, c->spec.k_norm, keys + slot * view[KEYS].stride + i * d);
-        for (int64_t i = 0; i < h->n_kv_heads * d; i++)
-            values[slot * view[VALUES].stride + i] =
-                (double)at(&c->qkv, r, (h->n_heads + h->n_kv_heads) * d + i);
+            for (int64_t k = 0; k < d; k++)
+                v[k] =
+                    (double)at(&c->qkv, r, (h->n_heads + (c->spec.k_is_v ? 0 : h->n_kv_heads) + i) * d + k);
+            if (c->spec.values_normed)
+                naive_norm_row(v, d, NULL, &c->spec.norm, v);
+        }
     }
     return out;
 }
@@ -157,6 +163,7 @@ static void test_split_qkv(void **state)
     struct outcome o = {"split_qkv", 5e-7, 0, 0};
     for (size_t i = 0; i < 4 * 4 * 2 * 3 * 2 * 4; i++) {
         const size_t norms = i / 192;
+        const bool alone = i % 7 == 6, k_is_v = i % 7 == 5;
         const int d = dims[i / 4 % 4], n_heads = heads[i % 4][0], n_kv = heads[i % 4][1];
         const int64_t n = n_sequences[i / 16 % 2], length = lengths[i / 32 % 3], first = firsts[i / 96 % 2];
         const struct mat q_norm = make_random(i % 3 ? DTYPE_BF16 : DTYPE_F16, 1, d, 1),
@@ -167,8 +174,17 @@ static void test_split_qkv(void **state)
                                       {1e-6f, i % 2 == 0},
                                       norms & 1 ? &q_norm : NULL,
                                       norms & 2 ? &k_norm : NULL,
-                                      &rope},
-                                     make_random(DTYPE_F32, n * length, (n_heads + 2 * n_kv) * d, 3)};
+                                      &rope,
+                                      k_is_v,
+                                      i % 7 == 4 || i % 14 == 5},
+                                     make_random(DTYPE_F32, n * length,
+                                                 (n_heads + (alone    ? 0
+                                                             : k_is_v ? 1
+                                                                      : 2) *
+                                                                n_kv) *
+                                                     d,
+                                                 3),
+                                     alone};
         char text[120];
         snprintf(text, sizeof text, "split_qkv: heads %d/%d of %d, %d × %d tokens at %d, norms %d", n_heads,
                  n_kv, d, (int)n, (int)length, (int)first, (int)norms);
@@ -198,7 +214,9 @@ static double score(const struct attention_args *a, int64_t q_row, int head, int
     double sum = 0;
     for (int i = 0; i < d; i++)
         sum += (double)at(&a->q, q_row, head * d + i) * (double)at(&a->keys, key_row, kv_head * d + i);
-    return sum * (double)a->spec.scale;
+    const double cap = (double)a->spec.softcap;
+    sum *= (double)a->spec.scale;
+    return cap > 0 ? cap * tanh(sum / cap) : sum;
 }
 
 /* out [head_dim]; p: room for a probability of each key */
@@ -253,8 +271,9 @@ static void check_attention(struct outcome *o, const struct attention_spec *spec
         for (int i = 0; row_chosen(r, out.rows) && i < h->n_heads; i++)
             naive_attention(&a, r, i, p, expected + r * out.cols + i * h->head_dim);
     char text[120];
-    snprintf(text, sizeof text, "heads %d/%d of %d, window %d, %d × %d rows at %d", h->n_heads, h->n_kv_heads,
-             h->head_dim, (int)spec->window, (int)s->n, (int)rows, (int)s->first_position);
+    snprintf(text, sizeof text, "heads %d/%d of %d, window %d, cap %g, %d × %d rows at %d", h->n_heads,
+             h->n_kv_heads, h->head_dim, (int)spec->window, (double)spec->softcap, (int)s->n, (int)rows,
+             (int)s->first_position);
     run_everywhere(run_attention, &a, &out, text);
     check(o, &out, expected, 0, text);
     free_matrices();
@@ -276,18 +295,21 @@ static void test_attention(void **state)
         const struct attention_spec spec = {{heads[i % 3][0], heads[i % 3][1], dim},
                                             {n, first, first + rows + (int64_t)(i % 2) * 5},
                                             1 / sqrtf((float)dim),
-                                            windows[i / 9 % 4]};
+                                            windows[i / 9 % 4],
+                                            (float)(i % 5 == 0   ? 50
+                                                    : i % 5 == 1 ? 3
+                                                                 : 0)};
         check_attention(&o, &spec, rows, 4);
     }
     /* so many positions that fewer than 64 queries' scores fit the scratch memory */
     for (int64_t window = 0; window <= 512; window += 512) {
-        const struct attention_spec spec = {{2, 1, 16}, {1, 40000, 40075}, 0.25f, window};
+        const struct attention_spec spec = {{2, 1, 16}, {1, 40000, 40075}, 0.25f, window, 0};
         check_attention(&o, &spec, 70, 4);
     }
     print_outcome(&o);
     /* scores of thousands: their own FP32 error is what decides between close ones */
     struct outcome extreme = {"attention, scores of thousands", 2e-3, 0, 0};
-    check_attention(&extreme, &(struct attention_spec){{4, 2, 64}, {1, 30, 100}, 1, 0}, 70, 1000);
+    check_attention(&extreme, &(struct attention_spec){{4, 2, 64}, {1, 30, 100}, 1, 0, 0}, 70, 1000);
     print_outcome(&extreme);
 }
 

@@ -52,6 +52,8 @@ static struct query query_of(const struct plain *a, int64_t row, int head, doubl
     for (int64_t k = q.from; k < q.to; k++) {
         p[k - q.from] = (double)s->scale * dot(row_of(a, a->q, row, head, false),
                                                row_of(a, a->keys, k, q.kv_head, true), s->heads.head_dim);
+        if (s->softcap > 0)
+            p[k - q.from] = (double)s->softcap * tanh(p[k - q.from] / (double)s->softcap);
         highest = fmax(highest, p[k - q.from]);
     }
     for (int64_t k = 0; k < q.to - q.from; k++)
@@ -93,7 +95,9 @@ static void query_gradient(const struct plain *a, const struct query *q, const s
         mean += q->p[k - q->from] * dot(dout, row_of(a, a->values, k, q->kv_head, true), d);
     for (int64_t k = q->from; k < q->to; k++) {
         const double p = q->p[k - q->from],
-                     slope = (double)a->spec->scale * p *
+                     /* the capped score, and what is left of a change by its cap */
+            t = a->spec->softcap > 0 ? (log(p) + q->lse) / (double)a->spec->softcap : 0,
+                     slope = (double)a->spec->scale * p * (1 - t * t) *
                              (dot(dout, row_of(a, a->values, k, q->kv_head, true), d) - mean);
         const double *key = row_of(a, a->keys, k, q->kv_head, true);
         double *dq = row_of(a, g->q, q->row, q->head, false), *dk = row_of(a, g->keys, k, q->kv_head, true),
@@ -170,9 +174,9 @@ static struct plain plain_of(const struct attention_case *c)
 static const char *name_of(const struct attention_spec *s, int64_t rows)
 {
     static char text[120];
-    snprintf(text, sizeof text, "heads %d/%d of %d, window %d, %d × %d rows at %d", s->heads.n_heads,
-             s->heads.n_kv_heads, s->heads.head_dim, (int)s->window, (int)s->sequences.n, (int)rows,
-             (int)s->sequences.first_position);
+    snprintf(text, sizeof text, "heads %d/%d of %d, window %d, cap %g, %d × %d rows at %d", s->heads.n_heads,
+             s->heads.n_kv_heads, s->heads.head_dim, (int)s->window, (double)s->softcap, (int)s->sequences.n,
+             (int)rows, (int)s->sequences.first_position);
     return text;
 }
 
@@ -212,7 +216,8 @@ static void test_lse(void **state)
         const struct attention_spec spec = {{heads[i % 3][0], heads[i % 3][1], 32},
                                             {n, first, first + rows + (int64_t)(i % 2) * 5},
                                             1 / sqrtf(32),
-                                            windows[i / 3 % 4]};
+                                            windows[i / 3 % 4],
+                                            i % 4 == 1 ? 3 : 0};
         check_lse(&o, &spec, rows, i % 5 ? 4 : 400);
     }
     print_outcome(&o);
@@ -304,7 +309,8 @@ static void test_backward(void **state)
         const struct attention_spec spec = {{heads[i % 3][0], heads[i % 3][1], dim},
                                             {n, 0, rows + (int64_t)(i % 2) * 5},
                                             1 / sqrtf((float)dim),
-                                            windows[i / 9 % 4]};
+                                            windows[i / 9 % 4],
+                                            i % 4 == 1 ? 3 : 0};
         check_backward(&o, &spec, rows, 4, false);
     }
     print_outcome(&o);
@@ -315,7 +321,7 @@ static void test_backward_of_many(void **state)
 {
     (void)state;
     struct outcome o = {"attention_backward, 16400 positions", 5e-6, 0, 0};
-    check_backward(&o, &(struct attention_spec){{1, 1, 2}, {1, 0, 16401}, 0.7f, 16390}, 16400, 4, false);
+    check_backward(&o, &(struct attention_spec){{1, 1, 2}, {1, 0, 16401}, 0.7f, 16390, 0}, 16400, 4, false);
     print_outcome(&o);
 }
 
@@ -330,7 +336,8 @@ static void test_backward_differences(void **state)
         const struct attention_spec spec = {{heads[i % 3][0], heads[i % 3][1], 6},
                                             {i / 9 ? 2 : 1, 0, rows + (int64_t)(i % 2)},
                                             0.4f,
-                                            windows[i / 3 % 3]};
+                                            windows[i / 3 % 3],
+                                            (float)(i % 3 == 1 ? 2 : 0)};
         check_backward(&o, &spec, rows, 2, true);
     }
     print_outcome(&o);

@@ -21,6 +21,16 @@ static const struct tiny_gemma small = {.hidden = 48,
                                         .window = 4,
                                         .pattern = 2};
 
+/* The same of the other families that have a backward pass: branches without norms, capped scores. */
+static const struct {
+    const char *name, *model_type, *more;
+} kinds[] = {
+    {"small", NULL, NULL},
+    {"small1", "gemma", NULL},
+    {"small2", "gemma2", "\"query_pre_attn_scalar\": 12, \"attn_logit_softcapping\": 0.7,"},
+};
+enum { PLAIN = 0 };
+
 enum { SEQUENCES = 2, LENGTH = 11, TOKENS = SEQUENCES * LENGTH, SAMPLES = 200 };
 
 static const char *const set_names[N_FUSED] = {"qkv", "o", "gate_up", "down"};
@@ -52,10 +62,13 @@ static void enlarge(struct weights *w)
         }
 }
 
-static void load(struct loaded *l)
+static void load(struct loaded *l, int kind)
 {
+    struct tiny_gemma g = small;
+    g.model_type = kinds[kind].model_type;
+    g.more = kinds[kind].more;
     *l = (struct loaded){.b = &cpu[1]};
-    assert_ok(model_open(&l->model, cutting_model("small", &small)));
+    assert_ok(model_open(&l->model, cutting_model(kinds[kind].name, &g)));
     assert_ok(model_bind(&l->model, NULL, NULL));
     assert_ok(weights_load(&l->weights, &l->model, l->b));
     enlarge(&l->weights);
@@ -114,15 +127,14 @@ static int observe(void *ctx, int layer, const struct mat *x)
 }
 
 /* The same operations on the same operands: the same bytes. */
-static void test_forward(void **state)
+static void check_forward(int kind)
 {
-    (void)state;
     struct loaded l;
     struct stream stream;
     struct forward *f;
     struct mat hidden;
     int32_t ids[TOKENS];
-    load(&l);
+    load(&l, kind);
     for (int i = 0; i < TOKENS; i++)
         ids[i] = (int32_t)(support_random(&random_state) % (uint64_t)small.vocab);
     for (int i = 0; i <= small.layers; i++)
@@ -140,6 +152,13 @@ static void test_forward(void **state)
     }
     forward_close(f);
     unload(&l);
+}
+
+static void test_forward(void **state)
+{
+    (void)state;
+    for (int kind = 0; kind < (int)N_OF(kinds); kind++)
+        check_forward(kind);
 }
 
 /* --- in double ------------------------------------------------------------------------------------------------------ */
@@ -165,10 +184,12 @@ static void linear(const double *x, int64_t cols, const double *w, int64_t rows,
         }
 }
 
+/* w->data NULL: no norm */
 static void norm_rows(const double *x, const struct mat *w, double *out)
 {
     for (int64_t t = 0; t < TOKENS; t++)
-        naive_norm_row(x + t * small.hidden, small.hidden, w, &spec, out + t * small.hidden);
+        if (w->data)
+            naive_norm_row(x + t * small.hidden, small.hidden, w, &spec, out + t * small.hidden);
 }
 
 static void turn(const struct naive_block *n, int64_t token, double *x)
@@ -196,7 +217,9 @@ static void attend(const struct naive_block *n, const double *qkv, int64_t row, 
         double sum = 0;
         for (int i = 0; i < DIM; i++)
             sum += q[i] * qkv[(first + t) * QKV + key + i];
-        total += p[t] = exp(sum * (double)n->k->score_scale);
+        sum *= (double)n->k->score_scale;
+        const double cap = (double)n->k->softcap;
+        total += p[t] = exp(cap > 0 ? cap * tanh(sum / cap) : sum);
     }
     for (int i = 0; i < DIM; i++) {
         out[i] = 0;
@@ -210,7 +233,8 @@ static void attention(const struct naive_block *n, double *qkv, double *out)
     for (int64_t t = 0; t < TOKENS; t++)
         for (int h = 0; h < HEADS + KV_HEADS; h++) {
             double *x = qkv + t * QKV + h * DIM;
-            naive_norm_row(x, DIM, h < HEADS ? &n->k->q_norm : &n->k->k_norm, &spec, x);
+            if (n->k->q_norm.data)
+                naive_norm_row(x, DIM, h < HEADS ? &n->k->q_norm : &n->k->k_norm, &spec, x);
             turn(n, t % LENGTH, x);
         }
     for (int64_t t = 0; t < TOKENS; t++)
@@ -304,15 +328,34 @@ static void test_gradients(void **state)
     (void)state;
     struct outcome forward = {"block_grad_forward", 2e-6, 0, 0}, by_weight = {"by the weights", 1e-5, 0, 0},
                    by_input = {"by the input", 1e-5, 0, 0};
-    struct loaded l;
-    load(&l);
-    assert_true(l.weights.blocks[0].window == small.window && l.weights.blocks[3].window == 0);
-    check_layer(&forward, &by_weight, &by_input, &l, 0);
-    check_layer(&forward, &by_weight, &by_input, &l, 3);
-    unload(&l);
+    for (int kind = 0; kind < (int)N_OF(kinds); kind++) {
+        struct loaded l;
+        load(&l, kind);
+        const bool sliding = l.weights.blocks[0].window == small.window;
+        assert_true(sliding == (kind != 1) && l.weights.blocks[3].window == 0);
+        check_layer(&forward, &by_weight, &by_input, &l, 0);
+        check_layer(&forward, &by_weight, &by_input, &l, 3);
+        unload(&l);
+    }
     print_outcome(&forward);
     print_outcome(&by_weight);
     print_outcome(&by_input);
+}
+
+/* What has none says so. */
+static void test_unsupported(void **state)
+{
+    (void)state;
+    struct model model;
+    struct weights weights;
+    struct block_tape tape = {0};
+    const struct tiny_gemma *g = &tiny_families[TINY_GEMMA4_SHARING];
+    assert_ok(model_open(&model, cutting_model("small4", g)));
+    assert_ok(model_bind(&model, NULL, NULL));
+    assert_ok(weights_load(&weights, &model, &cpu[0]));
+    assert_error(block_grad_forward(&weights, 0, &tape), ERR_UNSUPPORTED, "tuning of Gemma 4");
+    weights_free(&weights);
+    model_close(&model);
 }
 
 /* --- what is added, wanted, fused ------------------------------------------------------------------------------------ */
@@ -335,7 +378,7 @@ static void test_add(void **state)
     (void)state;
     struct outcome o = {"gradients of two batches", 1e-6, 0, 0};
     struct loaded l;
-    load(&l);
+    load(&l, PLAIN);
     const struct block_grads each[] = {make_grads(&l), make_grads(&l)}, both = make_grads(&l);
     for (int i = 0; i < 2; i++) {
         const struct mat x = make_random(DTYPE_F32, TOKENS, small.hidden, 2),
@@ -355,7 +398,7 @@ static void test_unwanted(void **state)
 {
     (void)state;
     struct loaded l;
-    load(&l);
+    load(&l, PLAIN);
     const struct mat x = make_random(DTYPE_F32, TOKENS, small.hidden, 2),
                      dout = make_random(DTYPE_F32, TOKENS, small.hidden, 1),
                      dx = make(DTYPE_F32, TOKENS, small.hidden);
@@ -388,7 +431,7 @@ static void test_apart(void **state)
     (void)state;
     struct outcome o = {"linears of a set one by one", 1e-6, 0, 0};
     struct loaded l;
-    load(&l);
+    load(&l, PLAIN);
     const struct mat x = make_random(DTYPE_F32, TOKENS, small.hidden, 2),
                      dout = make_random(DTYPE_F32, TOKENS, small.hidden, 1),
                      dx = make(DTYPE_F32, TOKENS, small.hidden);
@@ -425,6 +468,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_teardown(test_forward, clean_up),
         cmocka_unit_test_teardown(test_gradients, clean_up),
+        cmocka_unit_test_teardown(test_unsupported, clean_up),
         cmocka_unit_test_teardown(test_add, clean_up),
         cmocka_unit_test_teardown(test_unwanted, clean_up),
         cmocka_unit_test_teardown(test_apart, clean_up),

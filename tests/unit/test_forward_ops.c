@@ -317,6 +317,44 @@ static void test_softcap(void **state)
     print_outcome(&o);
 }
 
+/* --- scale ------------------------------------------------------------------------------------------------------ */
+
+struct scale_args {
+    const struct mat *x, *before; /* before: of out */
+    float factor;
+    bool add, in_place;
+};
+
+static int run_scale(const struct backend *b, const void *args, const struct mat *out)
+{
+    const struct scale_args *a = args;
+    copy(a->before, out);
+    return b->core->scale(b, a->factor, a->in_place ? out : a->x, a->add, out);
+}
+
+static void test_scale(void **state)
+{
+    (void)state;
+    static const float factors[] = {1, 0.0045f, -3};
+    enum { ROWS = 67, COLS = 101 };
+    struct outcome o = {"scale", 1e-7, 0, 0};
+    for (int i = 0; i < 3 * 2 * 2; i++) {
+        const struct mat x = make_random(DTYPE_F32, ROWS, COLS, 1),
+                         before = make_random(DTYPE_F32, ROWS, COLS, 1), out = make(DTYPE_F32, ROWS, COLS);
+        const struct scale_args a = {&x, &before, factors[i % 3], i / 3 % 2, i / 6};
+        static double expected[ROWS * COLS];
+        for (int64_t k = 0; k < ROWS * COLS; k++) {
+            const double was = (double)at(&before, k / COLS, k % COLS);
+            expected[k] = (a.add ? was : 0) +
+                          (double)a.factor * (a.in_place ? was : (double)at(&x, k / COLS, k % COLS));
+        }
+        run_everywhere(run_scale, &a, &out, "scale");
+        check(&o, &out, expected, 0, "scale");
+        free_matrices();
+    }
+    print_outcome(&o);
+}
+
 /* --- compare_rows ----------------------------------------------------------------------------------------------- */
 
 struct naive_row {
@@ -470,7 +508,7 @@ static void test_nan_stays(void **state)
     assert_ok(b->core->geglu(b, &a, &x, &out));
     assert_true(isnan(at(&out, 0, 33)) && isfinite(at(&out, 0, 32)));
     const struct mat keys = make_random(DTYPE_F32, 40, 64, 1);
-    const struct attention_spec spec = {{1, 1, 64}, {1, 39, 40}, 1, 0};
+    const struct attention_spec spec = {{1, 1, 64}, {1, 39, 40}, 1, 0, 0};
     assert_ok(b->core->attention(b, &spec, &a, &keys, &keys, &out, NULL));
     for (int64_t c = 0; c < 64; c++)
         assert_true(isnan(at(&out, 0, c)));
@@ -496,6 +534,7 @@ int main(void)
         cmocka_unit_test_teardown(test_geglu, clean_up),
         cmocka_unit_test_teardown(test_over_norm, clean_up),
         cmocka_unit_test_teardown(test_softcap, clean_up),
+        cmocka_unit_test_teardown(test_scale, clean_up),
         cmocka_unit_test_teardown(test_compare_rows, clean_up),
         cmocka_unit_test_teardown(test_compare_extremes, clean_up),
         cmocka_unit_test_teardown(test_compare_equal, clean_up),

@@ -142,7 +142,7 @@ static void test_unsupported(void **state)
     assert_error(b->core->add_norm(b, &x, &w, &out, NULL, &norm, &x), ERR_UNSUPPORTED, "add_norm: dtype I8");
     const struct mat qkv = make_random(DTYPE_F32, 5, 48, 1), keys = make(DTYPE_F32, 5, 16),
                      rope = make(DTYPE_F32, 5, 16);
-    const struct qkv_spec split = {{1, 1, 16}, {1, 0, 5}, norm, NULL, &w, &rope};
+    const struct qkv_spec split = {{1, 1, 16}, {1, 0, 5}, norm, NULL, &w, &rope, false, false};
     assert_error(b->core->split_qkv(b, &split, &qkv, &x, &keys, &out), ERR_UNSUPPORTED,
                  "split_qkv: dtype I8");
     struct qmat q = make_packed(&(struct q_kind){4, 0, false}, 16, 16);

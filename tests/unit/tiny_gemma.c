@@ -14,6 +14,36 @@ const struct tiny_gemma tiny_gemma_plain = {.hidden = 256,
                                             .head_dim = 64,
                                             .dtype = DTYPE_BF16};
 
+#define TYPE(name) "\"" name "_attention\", "
+#define TYPES                                                                                                \
+    "\"layer_types\": [" TYPE("sliding") TYPE("sliding") TYPE("full") TYPE("sliding")                        \
+        TYPE("sliding") "\"full_attention\"], "
+#define SMALL                                                                                                \
+    .hidden = 64, .ffn = 96, .vocab = 128, .heads = 4, .kv_heads = 2, .head_dim = 32, .window = 5,           \
+    .dtype = DTYPE_BF16
+
+const struct tiny_gemma tiny_families[TINY_FAMILIES] = {
+    {.model_type = "gemma", .layers = 2, SMALL},
+    {.model_type = "gemma2",
+     .more =
+         "\"query_pre_attn_scalar\": 24, \"attn_logit_softcapping\": 0.5, \"final_logit_softcapping\": 2.0,",
+     .layers = 4,
+     SMALL},
+    {.model_type = "gemma4_text",
+     .more =
+         "\"num_kv_shared_layers\": 3, \"use_double_wide_mlp\": true, \"hidden_size_per_layer_input\": 16, " TYPES
+         "\"global_head_dim\": 64, \"final_logit_softcapping\": 2.0,",
+     .layers = 6,
+     SMALL},
+    {.model_type = "gemma4_text",
+     .more = TYPES "\"attention_k_eq_v\": true, \"hidden_size_per_layer_input\": 0, \"per_layer_config\": "
+                   "{\"2\": {\"head_dim\": 64, \"num_key_value_heads\": 1}, "
+                   "\"05\": {\"head_dim\": 64, \"num_key_value_heads\": 1}},",
+     .layers = 6,
+     SMALL},
+};
+const char *const tiny_family_names[TINY_FAMILIES] = {"gemma1", "gemma2", "gemma4-sharing", "gemma4-k-is-v"};
+
 static const char *const torch_names[] = {
     [DTYPE_BF16] = "bfloat16", [DTYPE_F16] = "float16", [DTYPE_F32] = "float32"};
 
@@ -25,12 +55,13 @@ static void config_text(const struct tiny_gemma *g, char *out, size_t size)
     if (g->pattern)
         snprintf(pattern, sizeof pattern, "  \"sliding_window_pattern\": %d,\n", g->pattern);
     snprintf(out, size,
-             "{\n  \"architectures\": [\"Gemma3ForCausalLM\"],\n  \"model_type\": \"gemma3_text\",\n"
+             "{\n  \"architectures\": [\"Gemma3ForCausalLM\"],\n  \"model_type\": \"%s\",\n%s"
              "  \"hidden_size\": %d,\n  \"intermediate_size\": %d,\n  \"num_hidden_layers\": %d,\n"
              "  \"num_attention_heads\": %d,\n  \"num_key_value_heads\": %d,\n  \"head_dim\": %d,\n"
              "%s%s  \"vocab_size\": %d,\n  \"torch_dtype\": \"%s\"\n}\n",
-             (int)g->hidden, (int)g->ffn, g->layers, g->heads, g->kv_heads, g->head_dim, window, pattern,
-             (int)g->vocab, torch_names[g->dtype]);
+             g->model_type ? g->model_type : "gemma3_text", g->more ? g->more : "", (int)g->hidden,
+             (int)g->ffn, g->layers, g->heads, g->kv_heads, g->head_dim, window, pattern, (int)g->vocab,
+             torch_names[g->dtype]);
 }
 
 void tiny_gemma_tensors(const struct tiny_gemma *g, struct gemma_config *cfg, struct gemma_tensors *tensors)
@@ -44,8 +75,9 @@ void tiny_gemma_tensors(const struct tiny_gemma *g, struct gemma_config *cfg, st
     hf_config_close(&config);
 }
 
+/* offset: what is added to the values */
 static void write_tensor(const struct tiny_gemma *g, const struct writer *w, size_t id,
-                         const struct gemma_tensor *t, uint64_t *seed)
+                         const struct gemma_tensor *t, float offset, uint64_t *seed)
 {
     const int64_t n = t->shape[0] * (t->n_dims == 2 ? t->shape[1] : 1);
     const size_t size = dtype_bytes(g->dtype);
@@ -53,7 +85,7 @@ static void write_tensor(const struct tiny_gemma *g, const struct writer *w, siz
     assert_non_null(data);
     for (int64_t i = 0; i < n; i++) {
         const double u = support_uniform(seed), v = support_uniform(seed);
-        float x = (float)(0.1 * u * v + (i % 97 == 3 ? 0.2 * u : 0)); /* a few outliers */
+        float x = (float)(0.1 * u * v + (i % 97 == 3 ? 0.2 * u : 0)) + offset; /* a few outliers */
         if (g->bad_tensor && !strcmp(g->bad_tensor, t->name) && i == g->bad_index)
             x = g->bad_value;
         const uint16_t h = x != x ? (g->dtype == DTYPE_F16 ? 0x7e00 : 0x7fc0)
@@ -64,6 +96,26 @@ static void write_tensor(const struct tiny_gemma *g, const struct writer *w, siz
     free(data);
 }
 
+/* The keys' and values' tensors of layers that read those of another, like those of layer 0. */
+static void add_dead(struct gemma_tensors *t, const struct gemma_config *c)
+{
+    static const struct {
+        const char *name;
+        enum gemma_role role;
+    } parts[] = {{"k_proj", GEMMA_K}, {"v_proj", GEMMA_V}, {"k_norm", GEMMA_NORM}};
+    t->list = realloc(t->list, (t->n + 3 * (size_t)c->n_layers) * sizeof *t->list);
+    assert_non_null(t->list);
+    for (int64_t i = 0; i < c->n_layers; i++)
+        for (size_t k = 0; k < N_OF(parts) && c->layers[i].kv_source != i; k++) {
+            char name[100];
+            snprintf(name, sizeof name, "model.layers.%d.self_attn.%s.weight", (int)i, parts[k].name);
+            t->list[t->n++] = (struct gemma_tensor){.name = strdup(name),
+                                                    .role = parts[k].role,
+                                                    .n_dims = parts[k].role == GEMMA_NORM ? 1 : 2,
+                                                    .shape = {c->head_dim, c->hidden_size}};
+        }
+}
+
 void tiny_gemma_write(const struct tiny_gemma *g, const char *folder)
 {
     static const char *const beside[] = {
@@ -72,10 +124,12 @@ void tiny_gemma_write(const struct tiny_gemma *g, const char *folder)
     struct gemma_config cfg;
     struct gemma_tensors tensors;
     struct writer *w;
-    size_t ids[64];
+    size_t ids[128];
     char text[1024];
     uint64_t seed = 11;
     tiny_gemma_tensors(g, &cfg, &tensors);
+    if (g->dead)
+        add_dead(&tensors, &cfg);
     assert_ok(file_make_folder(folder));
     assert_ok(writer_open(&w, folder, g->shard_bytes ? g->shard_bytes : UINT64_MAX));
     assert_true(tensors.n <= N_OF(ids));
@@ -83,8 +137,11 @@ void tiny_gemma_write(const struct tiny_gemma *g, const char *folder)
         assert_ok(writer_add(w, tensors.list[i].name, tensors.list[i].name, g->dtype, tensors.list[i].n_dims,
                              tensors.list[i].shape, &ids[i]));
     assert_ok(writer_begin(w, false));
-    for (size_t i = 0; i < tensors.n; i++)
-        write_tensor(g, w, ids[i], &tensors.list[i], &seed);
+    for (size_t i = 0; i < tensors.n; i++) {
+        const enum gemma_role role = tensors.list[i].role;
+        const bool factor = cfg.family->plain_norms && (role == GEMMA_NORM || role == GEMMA_SCALAR);
+        write_tensor(g, w, ids[i], &tensors.list[i], factor ? 1 : 0, &seed);
+    }
     assert_ok(writer_index(w));
     assert_ok(writer_finish(w));
     writer_close(w);

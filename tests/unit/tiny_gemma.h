@@ -1,4 +1,4 @@
-/* A made-up Gemma 3 on disk: config.json, random weights of any float type, a few files beside. Written with
+/* A made-up Gemma on disk: config.json, random weights of any float type, a few files beside. Written with
  * formats/writer; sizes are small but large enough that tensors are cut into several tasks. */
 #ifndef GEMCUT_TESTS_UNIT_TINY_GEMMA_H
 #define GEMCUT_TESTS_UNIT_TINY_GEMMA_H
@@ -8,12 +8,17 @@
 #include <stdint.h>
 
 struct tiny_gemma {
+    const char *model_type; /* of config.json; NULL: Gemma 3's */
+    const char *
+        more; /* members of config.json beside those that follow from the next ones: "\"key\": value,"; or NULL */
     int64_t hidden, ffn, vocab;
     int layers, heads, kv_heads, head_dim;
     enum dtype dtype;
     int window;           /* keys that a sliding layer sees; 0: the family's own */
     int pattern;          /* every pattern-th layer is global; 0: the family's own */
     uint64_t shard_bytes; /* 0: one file */
+    bool
+        dead; /* with the projections and norms that layers which share keys and values do not read, as releases have */
     /* one weight that is replaced: tensor NULL = none */
     const char *bad_tensor;
     int64_t bad_index;
@@ -22,6 +27,12 @@ struct tiny_gemma {
 
 /* Two layers, three tasks for each linear of the MLP, widths that 32 … 256 divide. */
 extern const struct tiny_gemma tiny_gemma_plain;
+
+/* One of every other family, as small as that: Gemma 1; 2; 4 whose last three layers share keys and values and whose
+ * layers have inputs of their own; 4 whose global layers' values are their keys. */
+enum { TINY_FAMILIES = 4, TINY_GEMMA1 = 0, TINY_GEMMA2, TINY_GEMMA4_SHARING, TINY_GEMMA4_K_IS_V };
+extern const struct tiny_gemma tiny_families[TINY_FAMILIES];
+extern const char *const tiny_family_names[TINY_FAMILIES];
 
 /* Writes the model into a new folder. */
 void tiny_gemma_write(const struct tiny_gemma *g, const char *folder);
