@@ -329,20 +329,18 @@ typedef int launch_fn(const struct backend *b, const struct problem *a, int64_t 
 static const struct {
     int head_dim, shared_bytes;
     launch_fn *prefill;
-} variants
-    [] =
-        {
+} variants[] = {
 #define PREFILL(D, WM, WN, MT, BN)                                                                           \
     tiling<D, WM, WN, MT, BN>::SHARED_BYTES, launch_prefill<tiling<D, WM, WN, MT, BN>>
-            {64, PREFILL(64, 4, 2, 2, 128)},
-            {64, PREFILL(64, 4, 2, 1, 64)}, /* this and the last of each size: devices with 99 KiB */
-            {128, PREFILL(128, 4, 2, 2, 128)},
-            {128, PREFILL(128, 4, 2, 1, 64)},
-            {256, PREFILL(256, 4, 2, 2, 64)},
-            {256, PREFILL(256, 4, 2, 1, 32)},
-            {512, PREFILL(512, 2, 4, 2, 64)}, /* sm_90 */
-            {512, PREFILL(512, 4, 2, 1, 32)}, /* sm_80 */
-            {512, PREFILL(512, 1, 2, 1, 32)},
+    {64, PREFILL(64, 4, 2, 2, 128)},
+    {64, PREFILL(64, 4, 2, 1, 64)}, /* this and the last of each size: devices with 99 KiB */
+    {128, PREFILL(128, 4, 2, 2, 128)},
+    {128, PREFILL(128, 4, 2, 1, 64)},
+    {256, PREFILL(256, 4, 2, 2, 64)},
+    {256, PREFILL(256, 4, 2, 1, 32)},
+    {512, PREFILL(512, 2, 4, 2, 64)}, /* sm_90 */
+    {512, PREFILL(512, 4, 2, 1, 32)}, /* sm_80 */
+    {512, PREFILL(512, 1, 2, 1, 32)},
 #undef PREFILL
 };
 
