@@ -35,12 +35,12 @@ static int add_document(struct packing *p, size_t index)
     const struct document *d = &p->documents->list[index];
     if (!d->len)
         return 0;
-    if (d->is_chat && tokenizer_token_id(p->tokenizer, "<start_of_turn>") < 0)
+    const char *turn = chat_turn_begin(p->documents->chat);
+    if (d->is_chat && tokenizer_token_id(p->tokenizer, turn) < 0)
         return err_set(
             ERR_UNSUPPORTED,
-            "%s: line %zu: is a conversation, but the model's tokenizer has no <start_of_turn>: it has no "
-            "chat format",
-            p->name, d->line);
+            "%s: line %zu: is a conversation, but the model's tokenizer has no %s: it has no chat format",
+            p->name, d->line, turn);
     const size_t from = p->tokens.n;
     int rc = tokenizer_encode(p->tokenizer, d->text, d->len, true, &p->tokens);
     if (!rc)

@@ -76,26 +76,11 @@ static void conversation_free(struct conversation *c)
     free(c->messages);
 }
 
-/* Appends one part of a message as the templates do, without white space at both ends: what white space is, the
- * template knows, so the part is written as a turn of its own and the frame taken off. */
-static int append_part(struct text *out, enum chat_format chat, const char *part)
+/* [{"type": "text", "text": …}, …] as one string. A system message is left to the template, and up to Gemma 3 those
+ * look at its first part alone: there must be no second. */
+static int join_parts(struct text *out, enum chat_format chat, const char *role, struct json parts)
 {
-    static const char before[] = "<bos><start_of_turn>user\n", after[] = "<end_of_turn>\n";
-    const struct chat_message message = {"user", part};
-    struct text turn = {0};
-    const int rc = chat_template_render(chat, &message, 1, false, &turn);
-    if (!rc) {
-        CHECK(turn.len + 2 >= sizeof before + sizeof after);
-        text_append(out, turn.data + sizeof before - 1, turn.len + 2 - sizeof before - sizeof after);
-    }
-    text_free(&turn);
-    return rc;
-}
-
-/* [{"type": "text", "text": …}, …] as one string. A system message is not trimmed, and the templates look at its
- * first part alone: there must be no second. */
-static int join_parts(struct text *out, enum chat_format chat, bool is_system, struct json parts)
-{
+    const bool is_system = !strcmp(role, "system");
     if (is_system && json_count(parts) != 1)
         return json_error(parts, "has %zu parts, expected 1 in a system message", json_count(parts));
     int rc = 0;
@@ -110,7 +95,7 @@ static int join_parts(struct text *out, enum chat_format chat, bool is_system, s
         if (!rc && is_system)
             text_add(out, text);
         else if (!rc)
-            rc = append_part(out, chat, text);
+            chat_template_part(chat, role, text, out);
     }
     return rc ? rc : text_finish(out);
 }
@@ -128,7 +113,7 @@ static int read_message(struct conversation *c, size_t i, enum chat_format chat,
         return json_as_string(content, &m->content);
     if (!json_is_array(content))
         return json_error(content, "is neither a string nor an array of parts");
-    rc = join_parts(&c->joined[i], chat, !strcmp(m->role, "system"), content);
+    rc = join_parts(&c->joined[i], chat, m->role, content);
     m->content = c->joined[i].data;
     return rc;
 }
@@ -305,7 +290,7 @@ static int push_compressed(struct reader *r, const void *data, size_t len)
 int documents_parse(struct documents *out, const void *data, size_t len, const char *name,
                     enum chat_format chat, uint64_t max_bytes)
 {
-    *out = (struct documents){0};
+    *out = (struct documents){.chat = chat};
     const bool compressed = text_ends_with(name, ".zst");
     const bool by_line = text_ends_with(name, ".jsonl") || text_ends_with(name, ".jsonl.zst");
     if (!by_line && !text_ends_with(name, ".txt") && !text_ends_with(name, ".txt.zst"))

@@ -27,6 +27,7 @@ struct document {
 struct documents {
     struct document *list;
     size_t n;
+    enum chat_format chat; /* that conversations are written in */
 };
 
 /* Reads a file, or with DOCUMENTS_BUILTIN the mixture that ships with gemcut. Errors name the file and, where there are

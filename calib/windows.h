@@ -14,7 +14,7 @@ struct windows {
 };
 
 /* The text's tokens in order, cut into windows of <bos> and length − 1 of them; what does not fill a window is left
- * out. At most max_windows (0 = all). Too little text for one window is an error that says how much there is.
+ * out; a <bos> that the text itself begins with is not there twice. At most max_windows (0 = all). Too little text for one window is an error that says how much there is.
  * n_tokens_max: ids must be below it (the model's vocabulary). `name` is used in messages. */
 int windows_make(struct windows *out, const struct tokenizer *t, const char *text, size_t len, int64_t length,
                  size_t max_windows, int64_t n_tokens_max, const char *name);

@@ -10,11 +10,21 @@
 
 #define SHAPES(X)                                                                                            \
     X(tiny, "gemma3-tiny")                                                                                   \
+    X(gemma_2b, "gemma-2b")                                                                                  \
+    X(gemma_7b, "gemma-7b")                                                                                  \
+    X(gemma2_2b, "gemma-2-2b")                                                                               \
+    X(gemma2_9b, "gemma-2-9b")                                                                               \
+    X(gemma2_27b, "gemma-2-27b")                                                                             \
     X(gemma3_270m, "gemma-3-270m")                                                                           \
     X(gemma3_1b, "gemma-3-1b")                                                                               \
     X(gemma3_4b, "gemma-3-4b")                                                                               \
     X(gemma3_12b, "gemma-3-12b")                                                                             \
-    X(gemma3_27b, "gemma-3-27b")
+    X(gemma3_27b, "gemma-3-27b")                                                                             \
+    X(gemma4_e2b, "gemma-4-E2B")                                                                             \
+    X(gemma4_e4b, "gemma-4-E4B")                                                                             \
+    X(gemma4_12b, "gemma-4-12B")                                                                             \
+    X(gemma4_26b_a4b, "gemma-4-26B-A4B")                                                                     \
+    X(gemma4_31b, "gemma-4-31B")
 
 /* The assembler includes the files; the build gives their folder. */
 #define INCLUDE(id, name)                                                                                    \

@@ -14,7 +14,7 @@ struct bench_shape {
     const char *config, *config_end;   /* the text of config.json */
 };
 
-/* By size, NULL at the end; and the shape of the name at that index. */
+/* By family and size, NULL at the end; and the shape of the name at that index. */
 extern const char *const bench_shape_names[];
 const struct bench_shape *bench_shape(int index);
 

@@ -122,7 +122,7 @@ static int run_tune_step(const struct backend *b, const struct bench_case *c, co
                              .highest = 1.5f,
                              .q = &q,
                              .restored = &m[6]};
-    return b->train->tune_step(b, &t, &m[2], &(struct tune_rates){0.005f, 0.005f}, NULL);
+    return b->train->tune_step(b, &t, &m[2], &(struct tune_rates){.v = 0.005f, .range = 0.005f}, NULL);
 }
 
 static struct operand *factors(struct bench_case *c, enum operand_use use, enum dtype dtype, int64_t rows,

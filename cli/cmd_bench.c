@@ -3,6 +3,7 @@
 
 #include "base/err.h"
 #include "cli/bench.h"
+#include "cli/bench_work.h"
 #include "cli/opt.h"
 #include "cli/output.h"
 #include "cli/recipe_args.h"
@@ -252,6 +253,16 @@ static int make_recipe(const struct args *a, struct recipe *r)
     return rc ? rc : refuse_uncalibrated(a, r);
 }
 
+/* A family that cannot be run is refused before gigabytes of weights are made up for it. */
+static int refuse_unknown(const struct bench_shape *shape)
+{
+    struct gemma_config config;
+    const int rc = bench_shape_config(shape, &config);
+    if (!rc)
+        gemma_config_free(&config);
+    return rc;
+}
+
 int cmd_bench(int argc, char **argv)
 {
     struct args a = {.refine = -1, .tune = TUNE_ARGS_NONE};
@@ -265,6 +276,8 @@ int cmd_bench(int argc, char **argv)
     a.bench.what = part->name;
     a.bench.shape = bench_shape(a.shape);
     rc = refuse_foreign(&a);
+    if (!rc)
+        rc = refuse_unknown(a.bench.shape);
     if (!rc)
         rc = make_recipe(&a, &a.bench.recipe);
     if (!rc)

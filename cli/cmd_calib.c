@@ -429,9 +429,12 @@ static int show(const struct args *a, const struct vocabulary *v)
                        (long long)a->length, (long long)v->gemma.max_positions);
     const struct dataset_options o = {
         .samples = a->samples, .length = a->length, .seed = (uint64_t)a->seed, .shuffle = a->order == 0};
-    struct documents documents;
+    struct documents documents = {0};
     struct dataset dataset = {0};
-    int rc = documents_read(&documents, a->file, CHAT_GEMMA3);
+    enum chat_format chat;
+    int rc = chat_template_choose(&chat, &v->config, v->tokenizer);
+    if (!rc)
+        rc = documents_read(&documents, a->file, chat);
     if (!rc)
         rc = dataset_make(&dataset, v->tokenizer, &documents, &o, v->gemma.vocab_size, a->file);
     struct summary s = {.args = a, .documents = &documents, .dataset = &dataset};

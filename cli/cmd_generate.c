@@ -60,21 +60,21 @@ static const struct opt options[] = {
     {.name = "temperature",
      OPT_TO_DOUBLE(struct args, temperature),
      .value = "X",
-     .initial = "1",
+     .initial_note = "the model's, else 1",
      .low = 0,
      .high = 100,
      .help = "0 = always the most likely token"},
     {.name = "top-k",
      OPT_TO_INT(struct args, top_k),
      .value = "N",
-     .initial = "64",
+     .initial_note = "the model's, else 64",
      .min = 0,
      .max = INT32_MAX,
      .help = "choose among the N most likely tokens; 0 = all"},
     {.name = "top-p",
      OPT_TO_DOUBLE(struct args, top_p),
      .value = "X",
-     .initial = "0.95",
+     .initial_note = "the model's, else 0.95",
      .low = 0,
      .high = 1,
      .help = "and of those among the likeliest that hold this share"},
@@ -125,14 +125,14 @@ static int prompt_text(const struct args *a, enum chat_format chat, struct text 
     return rc;
 }
 
-static int make_prompt(const struct args *a, const struct runnable *r, struct token_list *ids)
+static int make_prompt(const struct args *a, const struct runnable *r, enum chat_format chat,
+                       struct token_list *ids)
 {
     struct text text = {0};
-    if (a->chat && tokenizer_token_id(r->tokenizer, "<start_of_turn>") < 0)
-        return err_set(ERR_UNSUPPORTED,
-                       "%s: the tokenizer has no <start_of_turn>: this model has no chat format",
-                       r->model->folder);
-    int rc = prompt_text(a, r->model->gemma.family->chat, &text);
+    if (a->chat && tokenizer_token_id(r->tokenizer, chat_turn_begin(chat)) < 0)
+        return err_set(ERR_UNSUPPORTED, "%s: the tokenizer has no %s: this model has no chat format",
+                       r->model->folder, chat_turn_begin(chat));
+    int rc = prompt_text(a, chat, &text);
     if (!rc)
         rc = tokenizer_encode(r->tokenizer, text.data, text.len, true, ids);
     text_free(&text);
@@ -180,10 +180,14 @@ static int on_token(void *ctx, int32_t id, float log_probability)
 static const char *const ends[] = {
     [GENERATE_STOP_ID] = "end of text", [GENERATE_LENGTH] = "length", [GENERATE_CONTEXT] = "context full"};
 
-static int finish_json(const struct args *a, const struct writing *w, const struct generate_result *g)
+static int finish_json(const struct args *a, const struct sampling *s, const struct writing *w,
+                       const struct generate_result *g)
 {
     struct text out = {0};
     output_json_begin(&out, a->machine.name, &a->seed);
+    json_kv_double(&out, "temperature", s->temperature);
+    json_kv_int(&out, "top_k", s->top_k);
+    json_kv_double(&out, "top_p", s->top_p);
     json_kv_string(&out, "text", w->whole.data ? w->whole.data : "");
     json_kv_string(&out, "end", ends[g->end]);
     json_kv_int(&out, "prompt_tokens", g->n_prompt);
@@ -215,23 +219,37 @@ static int finish_text(struct writing *w, const struct generate_result *g)
     return rc;
 }
 
-static int write_text(const struct args *a, struct session *session, const struct token_list *ids)
+/* What the model says and the command line does not. */
+static int settle(const struct args *a, const struct runnable *r, enum chat_format chat,
+                  struct generate_defaults *d)
+{
+    const int rc = generate_defaults_read(d, r->model);
+    const int32_t end_of_turn = tokenizer_token_id(r->tokenizer, chat_turn_end(chat));
+    struct sampling *s = &d->sampling;
+    s->temperature = a->temperature < 0 ? s->temperature : a->temperature;
+    s->top_k = a->top_k < 0 ? s->top_k : a->top_k;
+    s->top_p = a->top_p < 0 ? s->top_p : a->top_p;
+    s->seed = (uint64_t)a->seed;
+    if (a->ignore_eos)
+        d->stop.n = 0;
+    else if (a->chat && end_of_turn >= 0 && d->stop.n < sizeof d->stop.ids / sizeof *d->stop.ids)
+        d->stop.ids[d->stop.n++] = end_of_turn;
+    return rc;
+}
+
+static int write_text(const struct args *a, struct session *session, enum chat_format chat,
+                      const struct token_list *ids)
 {
     const struct runnable *r = &session->runnable;
-    const struct sampling s = {
-        .temperature = a->temperature, .top_k = a->top_k, .top_p = a->top_p, .seed = (uint64_t)a->seed};
     const int64_t context = r->model->gemma.max_positions, n = (int64_t)ids->n;
     const int64_t positions = a->tokens < context - n ? n + a->tokens : context;
     const struct forward_size size = {1, positions, generate_rows(positions)};
-    struct stop_ids stop = {0};
+    struct generate_defaults d;
     struct forward *f = NULL;
     struct writing w = {0};
     struct generate_result g;
     token_stream_init(&w.stream, r->tokenizer, true);
-    int rc = a->ignore_eos ? 0 : generate_stop_ids(&stop, r->model);
-    const int32_t end_of_turn = tokenizer_token_id(r->tokenizer, "<end_of_turn>");
-    if (!rc && a->chat && !a->ignore_eos && end_of_turn >= 0 && stop.n < sizeof stop.ids / sizeof *stop.ids)
-        stop.ids[stop.n++] = end_of_turn;
+    int rc = settle(a, r, chat, &d);
     struct run_need need = {
         .n_sequences = 1, .positions = size.max_positions, .rows = size.max_rows, .logit_rows = 1};
     if (!rc)
@@ -239,11 +257,11 @@ static int write_text(const struct args *a, struct session *session, const struc
     if (!rc)
         rc = forward_open(&f, &r->weights, &size);
     if (!rc)
-        rc = generate_run(f, &r->weights, ids->ids, n, a->tokens, &s, &stop, on_token, &w, &g);
+        rc = generate_run(f, &r->weights, ids->ids, n, a->tokens, &d.sampling, &d.stop, on_token, &w, &g);
     if (!rc && output_json()) {
         rc = token_stream_finish(&w.stream, &w.whole);
         if (!rc)
-            rc = finish_json(a, &w, &g);
+            rc = finish_json(a, &d.sampling, &w, &g);
     } else if (!rc) {
         rc = finish_text(&w, &g);
     }
@@ -256,7 +274,7 @@ static int write_text(const struct args *a, struct session *session, const struc
 
 int cmd_generate(int argc, char **argv)
 {
-    struct args a = {0};
+    struct args a = {.temperature = -1, .top_k = -1, .top_p = -1}; /* not given */
     int rc = cmd_begin(&spec, argc, argv, &a, &a.output);
     if (rc)
         return rc;
@@ -270,11 +288,14 @@ int cmd_generate(int argc, char **argv)
         return rc;
     struct session s;
     struct token_list ids = {0};
+    enum chat_format chat;
     rc = session_open(&s, a.model, a.machine.name, (int)a.machine.threads);
     if (!rc)
-        rc = make_prompt(&a, &s.runnable, &ids);
+        rc = chat_template_choose(&chat, &s.model.config, s.runnable.tokenizer);
     if (!rc)
-        rc = write_text(&a, &s, &ids);
+        rc = make_prompt(&a, &s.runnable, chat, &ids);
+    if (!rc)
+        rc = write_text(&a, &s, chat, &ids);
     token_list_free(&ids);
     session_close(&s);
     return rc;

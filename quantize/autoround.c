@@ -488,7 +488,7 @@ static int clear_numbers(struct tuner *t, int64_t layer)
     return rc ? rc : backend_of(t)->core->wait(backend_of(t));
 }
 
-/* The loss of the last iterate on the samples that the first one had; *first is read before the order is shuffled. */
+/* The loss of the last iterate on the samples that the first one had: the last one is kept where it is less. */
 static int judge_last(struct tuner *t, const struct capture *c, const int64_t *samples)
 {
     const struct backend *b = backend_of(t);
@@ -538,6 +538,12 @@ int tuner_run(struct tuner *t, const struct capture *c, struct tune_stats *stats
     if (!rc)
         rc = t->o.keep == TUNE_KEEP_LAST ? judge_last(t, c, first)
                                          : b->core->stage_out(b, &t->numbers, 0, t->numbers.bytes);
+    const struct numbers *numbers = t->numbers.host;
+    if (!rc && !isfinite(numbers->losses[0]))
+        rc = err_set(
+            ERR_FORMAT,
+            "block %d: the calibration's activations are not finite (NaN, or beyond the range of FP32)",
+            t->layer);
     if (!rc)
         fill_stats(t, stats, losses);
     return rc ? rc : work_spent(t->clock, b, WORK_TUNE);

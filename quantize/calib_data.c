@@ -24,7 +24,10 @@ static int read_text(struct dataset *out, const struct job *j, const char *name,
     const struct dataset_options options = {
         .samples = samples, .length = j->length, .seed = j->spec->seed, .shuffle = j->spec->shuffle};
     struct documents documents;
-    int rc = documents_read(&documents, name, CHAT_GEMMA3);
+    enum chat_format chat;
+    int rc = chat_template_choose(&chat, &j->m->config, j->t);
+    if (!rc)
+        rc = documents_read(&documents, name, chat);
     if (rc < 0)
         return rc;
     rc = dataset_make(out, j->t, &documents, &options, j->m->gemma.vocab_size, name);

@@ -500,6 +500,8 @@ static int open_journal(struct cut *c)
     struct text recipe = {0};
     recipe_write(&c->options.recipe, &recipe);
     text_printf(&recipe, " in files of %llu", (unsigned long long)c->options.shard_bytes);
+    if (c->calibration.micro_batch)
+        text_printf(&recipe, ", tuned with %lld samples at a time", (long long)c->calibration.micro_batch);
     char *path = file_join(c->place.partial, JOURNAL_NAME);
     int rc = path ? text_finish(&recipe) : ERR_MEMORY;
     const struct journal_key key = {.version = c->options.version,

@@ -5,6 +5,7 @@
 #include "base/log.h"
 #include "base/mem.h"
 #include "base/rng.h"
+#include "formats/chat_template.h"
 #include "kernels/budget.h"
 
 #include <inttypes.h>
@@ -26,7 +27,7 @@ struct self_options self_options_default(int64_t samples, int64_t length, uint64
 /* <bos> alone, or with the beginning of a user's turn. */
 static int beginning(const struct tokenizer *t, bool turn, struct token_list *out)
 {
-    const char *text = turn && tokenizer_token_id(t, "<start_of_turn>") >= 0 ? "<start_of_turn>user\n" : "";
+    const char *opening = turn ? chat_user_turn(t) : NULL, *text = opening ? opening : "";
     return tokenizer_encode(t, text, strlen(text), true, out);
 }
 

@@ -1,7 +1,7 @@
 /* Calibration samples that the model writes itself: it is calibrated on its own distribution, and no text is needed.
  * Each sample begins with <bos>, half of them go on with the beginning of a user's turn where the tokenizer has turns,
  * and everything after that is drawn from the model. After <eos> follows <bos>, a new document in the same sample;
- * <end_of_turn> ends nothing, for the answer comes after it.
+ * the end of a turn ends nothing, for the answer comes after it.
  *
  * A cache of what was written: one file for a model, backend and options, which holds ids and their hash. */
 #ifndef GEMCUT_QUANTIZE_SELF_CALIB_H

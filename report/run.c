@@ -126,25 +126,28 @@ int run_windows_of(struct windows *out, const struct runnable *r, const char *pa
     return rc;
 }
 
-/* What stands for something other than text. */
-enum { N_OTHERS = 5 };
+/* Whether an id stands where a picture, a film or a sound belongs; the first two are of Gemma 3, the others of 4. */
+static bool is_media(const struct tokenizer *t, int32_t id)
+{
+    static const char *const names[] = {"<start_of_image>", "<image_soft_token>", "<|image>", "<|image|>",
+                                        "<|video|>",        "<|audio>",           "<|audio|>"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (id == tokenizer_token_id(t, names[i]))
+            return true;
+    return false;
+}
 
 int run_check_prompt(const struct runnable *r, const struct token_list *ids)
 {
-    static const char *const others[N_OTHERS] = {"<start_of_image>", "<image_soft_token>", "<|image|>",
-                                                 "<|audio|>", "<|video|>"};
-    int32_t other[N_OTHERS];
-    for (int i = 0; i < N_OTHERS; i++)
-        other[i] = tokenizer_token_id(r->tokenizer, others[i]);
     const int64_t context = r->model->gemma.max_positions;
     if ((int64_t)ids->n > context)
         return err_set(ERR_USAGE, "the prompt has %zu tokens, the model's context is %lld", ids->n,
                        (long long)context);
     for (size_t i = 0; i < ids->n; i++) {
-        for (int k = 0; k < N_OTHERS; k++)
-            if (ids->ids[i] == other[k])
-                return err_set(ERR_UNSUPPORTED, "the prompt holds the token %s: images are not supported",
-                               others[k]);
+        if (is_media(r->tokenizer, ids->ids[i]))
+            return err_set(ERR_UNSUPPORTED,
+                           "the prompt holds the token %s: images and sounds are not supported",
+                           tokenizer_token_name(r->tokenizer, ids->ids[i]));
         if (ids->ids[i] >= r->model->gemma.vocab_size)
             return err_set(ERR_FORMAT,
                            "%s: the prompt has token %d, the model's vocabulary ends at %lld: the tokenizer "
@@ -173,21 +176,22 @@ int run_continuation(char **out, const struct runnable *r, const char *prompt, i
     struct continuation c = {0};
     struct token_list ids = {0};
     struct forward *f = NULL;
-    struct stop_ids stop;
+    struct generate_defaults defaults;
     struct generate_result result;
     token_stream_init(&c.stream, r->tokenizer, true);
     int rc = tokenizer_encode(r->tokenizer, prompt, strlen(prompt), true, &ids);
     if (!rc)
         rc = run_check_prompt(r, &ids);
     if (!rc)
-        rc = generate_stop_ids(&stop, r->model);
+        rc = generate_defaults_read(&defaults, r->model);
     const int64_t context = r->model->gemma.max_positions, wanted = (int64_t)ids.n + n;
     const int64_t positions = wanted < context ? wanted : context;
     const struct forward_size size = {1, positions, generate_rows(positions)};
     if (!rc)
         rc = forward_open(&f, &r->weights, &size);
     if (!rc)
-        rc = generate_run(f, &r->weights, ids.ids, (int64_t)ids.n, n, &greedy, &stop, on_token, &c, &result);
+        rc = generate_run(f, &r->weights, ids.ids, (int64_t)ids.n, n, &greedy, &defaults.stop, on_token, &c,
+                          &result);
     if (!rc)
         rc = token_stream_finish(&c.stream, &c.text);
     if (!rc)

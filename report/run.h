@@ -54,7 +54,7 @@ int run_windows_of(struct windows *out, const struct runnable *r, const char *pa
                    int64_t n);
 
 /* Refuses a prompt that the model cannot be given: longer than its context, with ids that its embedding does not
- * have, or with those that stand for a picture. */
+ * have, or with those that stand for a picture or a sound. */
 int run_check_prompt(const struct runnable *r, const struct token_list *ids);
 
 /* The prompt continued by n tokens, most likely first, as text in fresh memory. */

@@ -28,7 +28,6 @@ struct gemma_family {
     const char *text_model_type;              /* of its text_config; NULL when the model is text only */
     const char *prefixes[GEMMA_MAX_PREFIXES]; /* of the language tensors on disk, NULL-padded */
     const char *ignores[GEMMA_MAX_IGNORES];   /* regexes that keep other parts unquantized in every reader */
-    enum chat_format chat;                    /* of those with <start_of_turn> */
     int64_t vocab_size, hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads, head_dim;
     int64_t sliding_window, sliding_pattern; /* every sliding_pattern-th layer is global */
     int64_t max_positions;

@@ -82,12 +82,14 @@ int32_t sample_token(float *logits, int32_t n, const struct sampling *s, struct 
     return order[end - 1];
 }
 
-/* --- where a text ends -------------------------------------------------------------------------------------------- */
+/* --- what the model says --------------------------------------------------------------------------------------------- */
 
 static int read_ids(struct stop_ids *out, struct json v)
 {
     const bool list = json_is_array(v);
     int rc = 0;
+    if (!json_exists(v))
+        return 0;
     for (struct json e = list ? json_first(v) : v; !rc && e.node;
          e = list ? json_next(e) : (struct json){0}) {
         int64_t id;
@@ -100,9 +102,32 @@ static int read_ids(struct stop_ids *out, struct json v)
     return rc;
 }
 
-int generate_stop_ids(struct stop_ids *out, const struct model *m)
+static int read_range(struct json obj, const char *key, double low, double high, double *value)
 {
-    *out = (struct stop_ids){0};
+    const int rc = json_opt_double(obj, key, *value, value);
+    if (!rc && !(*value >= low && *value <= high))
+        return json_error(json_member(obj, key), "is %g, expected %g … %g", *value, low, high);
+    return rc;
+}
+
+static int read_sampling(struct sampling *s, struct json config)
+{
+    bool sample;
+    int rc = read_range(config, "temperature", 0, 100, &s->temperature);
+    if (!rc)
+        rc = json_opt_int(config, "top_k", 0, INT32_MAX, s->top_k, &s->top_k);
+    if (!rc)
+        rc = read_range(config, "top_p", 0, 1, &s->top_p);
+    if (!rc)
+        rc = json_opt_bool(config, "do_sample", true, &sample);
+    if (!rc && !sample)
+        s->temperature = 0;
+    return rc;
+}
+
+int generate_defaults_read(struct generate_defaults *out, const struct model *m)
+{
+    *out = (struct generate_defaults){.sampling = {.temperature = 1, .top_k = 64, .top_p = 0.95}};
     char *path = file_join(m->folder, "generation_config.json");
     if (!path)
         return ERR_MEMORY;
@@ -110,10 +135,14 @@ int generate_stop_ids(struct stop_ids *out, const struct model *m)
     int rc = file_exists(path) ? json_load(&doc, path, 1 << 20) : 0;
     free(path);
     if (!rc && doc)
-        rc = read_ids(out, json_member(json_root(doc), "eos_token_id"));
+        rc = read_sampling(&out->sampling, json_root(doc));
+    const struct json places[] = {doc ? json_root(doc) : (struct json){0}, m->config.root,
+                                  m->config.text_config};
+    for (size_t i = 0; !rc && !out->stop.n && i < sizeof places / sizeof *places; i++)
+        rc = read_ids(&out->stop, json_member(places[i], "eos_token_id"));
     json_free(doc);
-    if (!rc && !out->n)
-        rc = read_ids(out, json_member(m->config.root, "eos_token_id"));
+    if (!rc && !out->stop.n)
+        out->stop = (struct stop_ids){.ids = {1}, .n = 1};
     return rc;
 }
 

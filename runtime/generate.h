@@ -23,8 +23,16 @@ struct stop_ids {
     size_t n;
 };
 
-/* What generation_config.json, or else config.json, calls eos_token_id: a number or a list of them. */
-int generate_stop_ids(struct stop_ids *out, const struct model *m);
+/* How a model's makers want it to be run. */
+struct generate_defaults {
+    struct stop_ids stop;
+    struct sampling sampling; /* its seed is 0 */
+};
+
+/* generation_config.json: "eos_token_id", a number or a list of them, which config.json may say instead, and which is 1
+ * where neither does; "temperature", "top_k" and "top_p", where they are not said 1, 64 and 0.95, which Gemma 3 and 4
+ * ship; "do_sample": false is temperature 0. */
+int generate_defaults_read(struct generate_defaults *out, const struct model *m);
 
 enum generate_end { GENERATE_STOP_ID, GENERATE_LENGTH, GENERATE_CONTEXT };
 

@@ -13,6 +13,7 @@ from model import Tests, run
 GEMCUT, MODEL = pathlib.Path(sys.argv[1]).resolve(), pathlib.Path(sys.argv[2]).resolve()
 PROMPT = "The old house by the river"
 GREEDY = ("--temperature", 0)
+times = {"prefill_seconds": 0, "decode_seconds": 0}
 tests = Tests("gemcut-generate-")
 CUT = tests.folder / "cut"
 tests.need(GEMCUT, "quantize", MODEL, CUT, "-q", "--method", "rtn")
@@ -157,6 +158,77 @@ def end_of_text_from_config(tmp):
     folder = settings(tmp, eos_token_id=first)
     (folder / "generation_config.json").unlink()
     assert generate(*GREEDY, model=folder)["end"] == "end of text"
+
+
+@tests.case
+def end_of_text_by_default(tmp):
+    """Where no file names one it is 1, which every Gemma's <eos> is."""
+    folder = settings(tmp, eos_token_id=None)
+    (folder / "generation_config.json").unlink()
+    seeds = [generate("-n", 300, "--seed", seed, model=folder) for seed in range(8)]
+    assert any(r["end"] == "end of text" for r in seeds) and all(1 not in ids(r) for r in seeds), seeds
+
+
+@tests.case
+def sampling_by_the_model(tmp):
+    """What generation_config.json says holds where the command line says nothing."""
+    def chosen(*options, **values):
+        folder = tmp / "m"
+        shutil.rmtree(folder, ignore_errors=True)
+        copy(tmp, "generation_config.json", lambda c: c.update(values))
+        return generate("-n", 12, *options, model=folder)
+
+    def settings_of(report):
+        return report["temperature"], report["top_k"], report["top_p"]
+    assert settings_of(chosen()) == (1, 64, 0.95), "what Gemma 3 and 4 ship"
+    assert settings_of(chosen(temperature=None, top_k=None, top_p=None)) == (1, 64, 0.95)
+    report = chosen("--seed", 4, temperature=0.5, top_k=3, top_p=0.75, do_sample=True)
+    assert settings_of(report) == (0.5, 3, 0.75), report
+    given = "--temperature", 0.5, "--top-k", 3, "--top-p", 0.75
+    assert ids(report) == ids(generate("-n", 12, "--seed", 4, *given)), report
+    best = ids(generate("-n", 12, *GREEDY))
+    assert ids(chosen(temperature=0)) == ids(chosen(do_sample=False, temperature=0.7)) == best
+    assert settings_of(chosen("--top-k", 0, "--temperature", 2, top_k=3, do_sample=False)) == (2, 0, 0.95)
+    for values in ({"temperature": -1}, {"temperature": "hot"}, {"top_k": -1}, {"top_k": 2.5}, {"top_p": 1.5},
+                   {"do_sample": 1}):
+        shutil.rmtree(tmp / "m")
+        folder = copy(tmp, "generation_config.json", lambda c: c.update(values))
+        refused(model=folder, words=["generation_config.json", *values])
+
+
+@tests.case
+def tokenizer_without_bos(tmp):
+    """Gemma 4's post-processor adds no <bos>: every command puts one there all the same."""
+    def change(t):
+        t["post_processor"] = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}],
+                               "pair": [{"Sequence": {"id": "A", "type_id": 0}}], "special_tokens": {}}
+    folder = copy(tmp, "tokenizer.json", change)
+    text = tmp / "text.txt"
+    text.write_text(f"{PROMPT} " * 60)
+    for options in ((), ("--chat",)):
+        assert generate("-n", 6, *GREEDY, *options, model=folder) | times == \
+            generate("-n", 6, *GREEDY, *options) | times, options
+    assert generate("-n", 0, model=folder, prompt="")["prompt_tokens"] == 1
+    for command in (("calib", text, "--samples", 2, "--length", 32, "--model"),
+                    ("eval", "--text", text, "--length", 64, "--windows", 2)):
+        own, theirs = (json.loads(run(GEMCUT, *command, model, "--json")[1]) for model in (folder, MODEL))
+        for key in ("hash", "perplexity", "tokens"):
+            assert own.get(key) == theirs.get(key), (command, own, theirs)
+        assert {"hash", "perplexity"} & own.keys(), own
+
+
+@tests.case
+def chat_of_the_next_gemma(tmp):
+    """A tokenizer with Gemma 4's control tokens is spoken to in Gemma 4's turns."""
+    def change(t):
+        text = json.dumps(t).replace("<start_of_turn>", "<|turn>").replace("<end_of_turn>", "<turn|>")
+        t.update(json.loads(text))
+    folder = copy(tmp, "tokenizer.json", change)
+    by_hand = f"<|turn>system\nBe brief.<turn|>\n<|turn>user\n{PROMPT}<turn|>\n<|turn>model\n"
+    chat = generate("-n", 4, "--chat", "--system", " Be brief. ", model=folder)
+    assert generate("-n", 4, model=folder, prompt=by_hand)["tokens"] == chat["tokens"], "not the template of Gemma 4"
+    refused("--chat", model=copy(tmp / "n", "tokenizer.json", lambda t: t.update(
+        json.loads(json.dumps(t).replace("_of_turn>", ">")))), words=["no <start_of_turn>", "no chat format"])
 
 
 @tests.case

@@ -27,7 +27,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     if (!size)
         return 0;
     const char *name = names[data[0] % 4];
-    const enum chat_format chat = data[0] & 4 ? CHAT_GEMMA2 : CHAT_GEMMA3;
+    const enum chat_format chat = (enum chat_format)(data[0] >> 2 & 3);
     struct documents d;
     const int rc = documents_parse(&d, data + 1, size - 1, name, chat, 4 << 20);
     if (rc < 0) {

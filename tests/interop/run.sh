@@ -78,6 +78,7 @@ logits w8-channel $tiny
 logits mixed $tiny
 logits mm-hub-cut "$tmp/mm-hub"
 behaviour range $tiny --text data/eval/prose.txt
+check "shapes of the models" "$python" tests/interop/test_shapes.py
 check "gradients of the blocks" "$python" tests/interop/test_block_grad.py $tiny --dump "$build/grad_dump"
 
 if [ -z "$data" ]; then

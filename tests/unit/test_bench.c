@@ -31,11 +31,14 @@ static void sizes_of_real_models(void **state)
         const char *name;
         size_t n;
         uint64_t bytes;
-    } models[] = {{"gemma-3-270m", 236, 536196352},
-                  {"gemma-3-1b", 340, 1999771904},
-                  {"gemma-3-4b", 883, 8600158944},
-                  {"gemma-3-12b", 1065, 24374650080},
-                  {"gemma-3-27b", 1247, 54864813280}};
+    } models[] = {{"gemma-2b", 164, 5012344832},      {"gemma-7b", 254, 17075361792},
+                  {"gemma-2-2b", 288, 5228683776},    {"gemma-2-9b", 464, 18483411968},
+                  {"gemma-2-27b", 508, 54454256640},  {"gemma-3-270m", 236, 536196352},
+                  {"gemma-3-1b", 340, 1999771904},    {"gemma-3-4b", 883, 8600158944},
+                  {"gemma-3-12b", 1065, 24374650080}, {"gemma-3-27b", 1247, 54864813280},
+                  {"gemma-4-E2B", 2011, 10246357958}, {"gemma-4-E4B", 2130, 15992314836},
+                  {"gemma-4-12B", 677, 23919460448},  {"gemma-4-26B-A4B", 1013, 51611872412},
+                  {"gemma-4-31B", 1188, 62546177752}};
     (void)state;
     for (size_t i = 0; i < N_OF(models); i++) {
         struct bench_tensors t;
@@ -55,10 +58,11 @@ static bool has_tensor(const struct bench_tensors *t, const struct gemma_tensor 
     return false;
 }
 
-/* config.json and tensors must speak of the same model. */
+/* config.json and tensors must speak of the same model, as far as its family is known to the runtime. */
 static void configs_describe_the_tensors(void **state)
 {
     (void)state;
+    int n_known = 0;
     for (int i = 0; bench_shape_names[i]; i++) {
         const struct bench_shape *s = bench_shape(i);
         struct hf_config config;
@@ -66,7 +70,14 @@ static void configs_describe_the_tensors(void **state)
         struct gemma_tensors expected;
         struct bench_tensors t;
         assert_ok(hf_config_parse(&config, s->config, (size_t)(s->config_end - s->config), s->name));
-        assert_ok(gemma_config_read(&gemma, &config));
+        const int rc = gemma_config_read(&gemma, &config);
+        if (rc == ERR_UNSUPPORTED) {
+            assert_non_null(strstr(err_message(), config.model_type));
+            hf_config_close(&config);
+            continue;
+        }
+        assert_ok(rc);
+        n_known++;
         assert_ok(gemma_tensors(&expected, &gemma, gemma.family->prefixes[0]));
         assert_ok(bench_shape_expand(s, &t));
         for (size_t k = 0; k < expected.n; k++)
@@ -77,6 +88,8 @@ static void configs_describe_the_tensors(void **state)
         gemma_config_free(&gemma);
         hf_config_close(&config);
     }
+    print_message("%d shapes are of families that the runtime knows, at least 6 expected\n", n_known);
+    assert_true(n_known >= 6);
 }
 
 static void add_line(struct bench_tensors *t, const char *line)
