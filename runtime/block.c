@@ -67,7 +67,7 @@ int block_join(const struct weights *w, const struct mat *branch, const struct m
 
 /* in->input = (RMSNorm(P·x0 / √hidden)·norm + E[id]·√ple) / √2, of the layer's rows of P and columns of E. The division by
  * √hidden is in the ε of a norm that follows: RMSNorm(x·s) with ε is RMSNorm(x) with ε/s². */
-static int make_input(const struct weights *w, int layer, const struct block_input *in)
+int block_make_input(const struct weights *w, int layer, const struct block_input *in)
 {
     const struct backend *b = w->backend;
     const struct gemma_config *c = &w->config;
@@ -83,21 +83,19 @@ static int make_input(const struct weights *w, int layer, const struct block_inp
     return rc ? rc : b->core->scale(b, sqrtf(0.5f), &in->sum, false, &in->input);
 }
 
-/* x += RMSNorm(W_projection·(gelu(W_gate·x) ⊙ input))·norm; branch and normed [tokens, hidden] are overwritten. */
-static int add_input(const struct weights *w, int layer, const struct block_input *in,
-                     const struct mat *branch, const struct mat *x, const struct mat *normed)
+/* x += RMSNorm(W_projection·(gelu(W_gate·x) ⊙ input))·norm */
+int block_add_input(const struct weights *w, int layer, const struct block_input *in,
+                    const struct mat *branch, const struct mat *x, const struct mat *normed)
 {
     const struct backend *b = w->backend;
     const struct block *k = &w->blocks[layer];
-    int rc = make_input(w, layer, in);
-    if (!rc)
-        rc = b->core->scale(b, 1, x, false, normed);
+    int rc = b->core->scale(b, 1, x, false, normed);
     if (!rc)
         rc = b->core->gemm(b, normed, &k->ple_gate, &in->gate);
     if (!rc)
-        rc = b->core->geglu(b, &in->gate, &in->input, &in->gate);
+        rc = b->core->geglu(b, &in->gate, &in->input, &in->gated);
     if (!rc)
-        rc = b->core->gemm(b, &in->gate, &k->ple_projection, branch);
+        rc = b->core->gemm(b, &in->gated, &k->ple_projection, branch);
     return rc ? rc : block_join(w, branch, &k->ple_norm, x, NULL, normed);
 }
 
@@ -110,7 +108,7 @@ int block_end(const struct weights *w, int layer, const struct block_input *inpu
     const bool more = k->ple_gate.data || k->scalar != 1;
     int rc = block_join(w, branch, &k->post_mlp_norm, x, more ? NULL : next, normed);
     if (!rc && k->ple_gate.data)
-        rc = add_input(w, layer, input, branch, x, normed);
+        rc = block_add_input(w, layer, input, branch, x, normed);
     if (!rc && more)
         rc = b->core->scale(b, k->scalar, x, false, x);
     return rc || !more ? rc : b->core->rms_norm(b, x, next, &spec, normed);

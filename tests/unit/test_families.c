@@ -256,7 +256,7 @@ static void test_names(void **state)
 
 enum { SAMPLES = 3, LENGTH = 20 };
 
-/* Methods that look at activations take Gemma 1 and 2, whose branches differ from Gemma 3's, the same bytes twice. */
+/* Methods that look at activations take every family; the same bytes twice. */
 static void test_calibrated(void **state)
 {
     (void)state;
@@ -281,13 +281,13 @@ static void test_calibrated(void **state)
             o.data = &data;
             o.n_workers = k + 1;
             outs[k] = o.out;
-            if (family >= TINY_GEMMA4_SHARING)
+            if (family >= TINY_GEMMA4_SHARING && i % 2)
                 assert_error(cutting_run(&o, &cutting_silent), ERR_UNSUPPORTED,
-                             "calibration of Gemma 4 is not supported yet");
+                             "tuning of Gemma 4 is not supported yet");
             else
                 assert_ok(cutting_run(&o, &cutting_silent));
         }
-        if (family < TINY_GEMMA4_SHARING)
+        if (family < TINY_GEMMA4_SHARING || i % 2 == 0)
             cutting_check_same(outs[0], outs[1]);
         else
             cutting_check_absent(outs[0]);
