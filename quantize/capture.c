@@ -447,6 +447,28 @@ int capture_sample(const struct capture *c, enum capture_stream stream, int64_t 
                              : 0;
 }
 
+int capture_to_tape(const struct capture *c, int layer, int64_t sample, int64_t i,
+                    const struct block_tape *tape)
+{
+    const struct backend *b = c->w->backend;
+    const int64_t length = c->data->length, from = sample * length, to = i * length;
+    const int source = c->w->blocks[layer].kv_source;
+    const struct donor *donor = source == layer ? NULL : donors_find(&c->donors, source);
+    const struct mat x = mat_rows(&tape->x, to, length), keys = mat_rows(&tape->keys, to, length),
+                     values = mat_rows(&tape->values, to, length);
+    CHECK(c->layer == layer);
+    int rc = states_copy(b, &c->streams[CAPTURE_INPUTS], from, &x);
+    if (!rc && donor)
+        rc = states_copy(b, &donor->keys[CAPTURE_INPUTS], from, &keys);
+    if (!rc && donor)
+        rc = states_copy(b, &donor->values[CAPTURE_INPUTS], from, &values);
+    if (rc || !c->w->config.ple_size)
+        return rc;
+    const struct block_input input = {.sum = mat_rows(&tape->input.sum, to, length),
+                                      .input = mat_rows(&tape->input.input, to, length)};
+    return layer_inputs_pick(&c->inputs, b, from, &input);
+}
+
 const struct mat *capture_rope(const struct capture *c, int layer)
 {
     return &c->rope[c->w->blocks[layer].rope];

@@ -13,7 +13,7 @@
 
 #include "calib/dataset.h"
 #include "quantize/work.h"
-#include "runtime/weights.h"
+#include "runtime/block_grad.h"
 
 struct capture;
 
@@ -53,6 +53,11 @@ int capture_block(struct capture *c, int layer, enum capture_stream stream);
  * `spare`. */
 int capture_sample(const struct capture *c, enum capture_stream stream, int64_t sample,
                    const struct mat *spare, struct mat *out);
+
+/* What a block that has been entered reads of a sample, to sequence i of a tape of its: its inputs, and where it has such
+ * its own input and its donor's keys and values of the stream CAPTURE_INPUTS. */
+int capture_to_tape(const struct capture *c, int layer, int64_t sample, int64_t i,
+                    const struct block_tape *tape);
 
 /* The rotary table of a layer's positions. */
 const struct mat *capture_rope(const struct capture *c, int layer);

@@ -90,9 +90,6 @@ static int open_calibration(struct cut *c)
     int rc = 0;
     if (!r->calibrated)
         return 0;
-    if (c->source.gemma.family->varied && r->tune.iterations)
-        return err_set(ERR_UNSUPPORTED, "%s: tuning of %s is not supported yet (--method gptq has none)",
-                       c->source.folder, c->source.gemma.family->title);
     c->data = c->options.data ? c->options.data : &c->own;
     c->bos = -1;
     if (!c->options.data)

@@ -12,9 +12,18 @@ int64_t block_heads(const struct block *k)
     return (int64_t)k->n_heads * k->head_dim;
 }
 
-static const struct mat *if_there(const struct mat *m)
+struct qkv_spec block_split(const struct weights *w, int layer, const struct sequences *sequences,
+                            const struct mat *rope)
 {
-    return m->data ? m : NULL;
+    const struct block *k = &w->blocks[layer];
+    return (struct qkv_spec){.heads = {k->n_heads, k->n_kv_heads, k->head_dim},
+                             .sequences = *sequences,
+                             .norm = block_norm(&w->config),
+                             .q_norm = k->q_norm.data ? &k->q_norm : NULL,
+                             .k_norm = k->k_norm.data ? &k->k_norm : NULL,
+                             .rope = rope,
+                             .k_is_v = k->k_is_v,
+                             .values_normed = k->values_normed};
 }
 
 int block_attention(const struct weights *w, int layer, const struct block_pass *pass,
@@ -23,16 +32,9 @@ int block_attention(const struct weights *w, int layer, const struct block_pass 
     const struct block *k = &w->blocks[layer];
     const struct backend *b = w->backend;
     const bool own = k->kv_source == layer;
-    const struct heads heads = {k->n_heads, k->n_kv_heads, k->head_dim};
-    const struct qkv_spec split = {.heads = heads,
-                                   .sequences = pass->sequences,
-                                   .norm = block_norm(&w->config),
-                                   .q_norm = if_there(&k->q_norm),
-                                   .k_norm = if_there(&k->k_norm),
-                                   .rope = pass->rope,
-                                   .k_is_v = k->k_is_v,
-                                   .values_normed = k->values_normed};
-    const struct attention_spec attend = {heads, pass->sequences, k->score_scale, k->window, k->softcap};
+    const struct qkv_spec split = block_split(w, layer, &pass->sequences, pass->rope);
+    const struct attention_spec attend = {split.heads, pass->sequences, k->score_scale, k->window,
+                                          k->softcap};
     const int64_t kv_cols = (int64_t)k->n_kv_heads * k->head_dim * (!own ? 0 : k->k_is_v ? 1 : 2);
     const struct mat q = mat_cols(&pass->q, 0, block_heads(k)),
                      qkv = mat_cols(&pass->qkv, 0, q.cols + kv_cols);
@@ -40,7 +42,8 @@ int block_attention(const struct weights *w, int layer, const struct block_pass 
     if (!rc)
         rc = b->core->split_qkv(b, &split, &qkv, &q, own ? &pass->keys : NULL, own ? &pass->values : NULL);
     return rc ? rc
-              : b->core->attention(b, &attend, &q, &pass->keys, &pass->values, out, if_there(&pass->lse));
+              : b->core->attention(b, &attend, &q, &pass->keys, &pass->values, out,
+                                   pass->lse.data ? &pass->lse : NULL);
 }
 
 int block_mlp(const struct weights *w, int layer, const struct mat *normed, const struct mat *gate_up,

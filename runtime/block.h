@@ -29,6 +29,10 @@ struct norm_spec block_norm(const struct gemma_config *c);
 /* Columns of a block's queries, which the o projection reads. */
 int64_t block_heads(const struct block *k);
 
+/* From the block's projections to its queries, keys and values. */
+struct qkv_spec block_split(const struct weights *w, int layer, const struct sequences *sequences,
+                            const struct mat *rope);
+
 /* out [tokens, block_heads]: attention; normed [tokens, hidden]: what q, k and v read */
 int block_attention(const struct weights *w, int layer, const struct block_pass *pass,
                     const struct mat *normed, const struct mat *out);

@@ -79,28 +79,56 @@ static struct mat matrix(int64_t rows, int64_t cols)
     return m;
 }
 
+/* A sample's rows against those of what the runtime has of it. */
+static void check_sample(struct outcome *o, const struct mat *got, const double *expected, int sample,
+                         const char *text)
+{
+    const double *from = expected + sample * got->rows * got->cols;
+    double error = 0, size = 0;
+    assert_true(got->rows == LENGTH && got->stride == got->cols);
+    for (int64_t e = 0; e < got->rows * got->cols; e++) {
+        const double x = (double)((const float *)got->data)[e];
+        error += (x - from[e]) * (x - from[e]);
+        size += from[e] * from[e];
+    }
+    const double relative = sqrt(error / size);
+    if (!(relative <= o->bound))
+        fail_msg("%s, sample %d: %s: relative L2 error %.3e, at most %.1e allowed", text, sample, o->op,
+                 relative, o->bound);
+    o->worst = relative > o->worst ? relative : o->worst;
+    o->cases++;
+}
+
 static void check_stream(struct outcome *o, const struct capture *c, enum capture_stream stream,
                          const double *expected, int64_t hidden, const char *text)
 {
+    const struct mat spare = matrix(LENGTH, hidden);
     for (int i = 0; i < SAMPLES; i++) {
-        const struct mat spare = matrix(LENGTH, hidden);
         struct mat got;
         assert_ok(capture_sample(c, stream, i, &spare, &got));
-        const double *from = expected + (int64_t)i * LENGTH * hidden;
-        double error = 0, size = 0;
-        for (int64_t e = 0; e < LENGTH * hidden; e++) {
-            const double x = (double)((const float *)got.data)[e];
-            error += (x - from[e]) * (x - from[e]);
-            size += from[e] * from[e];
-        }
-        const double relative = sqrt(error / size);
-        if (!(relative <= o->bound))
-            fail_msg("%s, sample %d: relative L2 error %.3e, at most %.1e allowed", text, i, relative,
-                     o->bound);
-        o->worst = relative > o->worst ? relative : o->worst;
-        o->cases++;
-        free(spare.data);
+        check_sample(o, &got, expected, i, text);
     }
+    free(spare.data);
+}
+
+/* What a tuning reads of samples in any order, taken through the block. */
+static void check_tape(struct outcome *o, const struct capture *c, const struct weights *w, int layer,
+                       const double *expected, const char *text)
+{
+    static const int order[] = {2, 0};
+    struct block_tape t;
+    void *memory = malloc((size_t)block_tape_bytes(&w->config, DTYPE_F32, N_OF(order), LENGTH));
+    assert_non_null(memory);
+    block_tape_place(&t, &w->config, layer, DTYPE_F32, memory, N_OF(order), LENGTH);
+    t.rope = capture_rope(c, layer);
+    for (int i = 0; i < (int)N_OF(order); i++)
+        assert_ok(capture_to_tape(c, layer, order[i], i, &t));
+    assert_ok(block_grad_forward(w, layer, &t));
+    for (int i = 0; i < (int)N_OF(order); i++) {
+        const struct mat out = mat_rows(&t.out, (int64_t)i * LENGTH, LENGTH);
+        check_sample(o, &out, expected, order[i], text);
+    }
+    free(memory);
 }
 
 /* All sets in order, each under a Hessian, which must be finite. */
@@ -119,8 +147,8 @@ static void run_sets(struct capture *c, struct weights *w, int layer)
     }
 }
 
-static void check_way(struct outcome *o, const struct model *m, const struct way *way, const char *name,
-                      const struct streams *plain, const struct streams *coarse)
+static void check_way(struct outcome *o, struct outcome *tape, const struct model *m, const struct way *way,
+                      const char *name, const struct streams *plain, const struct streams *coarse)
 {
     struct backend b = cpu[1];
     struct weights w;
@@ -146,6 +174,8 @@ static void check_way(struct outcome *o, const struct model *m, const struct way
             check_stream(o, c, CAPTURE_REFERENCE, plain->x[layer], hidden, text);
         }
         run_sets(c, &w, layer);
+        if (way->tuned)
+            check_tape(tape, c, &w, layer, coarse->x[layer], text);
         assert_ok(way->tuned ? capture_block(c, layer, CAPTURE_INPUTS) : capture_end(c, layer));
         check_stream(o, c, CAPTURE_INPUTS, coarse->x[layer], hidden, text);
         weights_unload_part(&w, layer);
@@ -161,7 +191,7 @@ static void test_streams(void **state)
         {false, false, true}, {false, false, false}, {false, true, false},
         {true, false, true},  {true, false, false},  {true, true, false},
     };
-    struct outcome o = {"streams of a calibration", 1e-5, 0, 0};
+    struct outcome o = {"streams of a calibration", 1e-5, 0, 0}, tape = {"blocks of a tuning", 1e-5, 0, 0};
     for (int family = 0; family < TINY_FAMILIES; family++) {
         struct model m;
         struct streams plain, coarse;
@@ -171,11 +201,12 @@ static void test_streams(void **state)
         run_model(&m, false, &plain);
         run_model(&m, true, &coarse);
         for (size_t i = 0; i < N_OF(ways); i++)
-            check_way(&o, &m, &ways[i], tiny_family_names[family], &plain, &coarse);
+            check_way(&o, &tape, &m, &ways[i], tiny_family_names[family], &plain, &coarse);
         model_close(&m);
         free_matrices();
     }
     print_outcome(&o);
+    print_outcome(&tape);
 }
 
 static int close_all(void **state)
