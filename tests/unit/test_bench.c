@@ -328,7 +328,7 @@ static void work_of_tuning(void **state)
     assert_true(w[WORK_TUNE] ==
                 6 * 2 * step * (6 * weights + 5 * weights + 5 * (weights - qkv)) + once * (6 + 5 * 2.5));
     /* what comes of Hessians is as without a tuning */
-    count(gptq, &(struct recipe_args){"gptq", "auto", .damping = 0.01, .passes = 1, .tune = TUNE_ARGS_NONE},
+    count(gptq, &(struct recipe_args){"gptq", "auto", .damping = 0.01, .passes = 4, .tune = TUNE_ARGS_NONE},
           "128", 200, true);
     for (int i = WORK_HESSIAN; i <= WORK_DESCEND; i++)
         assert_true(w[i] == gptq[i]);
