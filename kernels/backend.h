@@ -352,7 +352,8 @@ struct train_ops {
     /* dgate and dup may be gate and up. All act. */
     int (*geglu_backward)(const struct backend *b, const struct mat *gate, const struct mat *up,
                           const struct mat *dy, const struct mat *dgate, const struct mat *dup);
-    /* dq, dkeys, dvalues as split_qkv's results lie; qkv: what it read. dqkv may be qkv. All act. */
+    /* dq, dkeys, dvalues as split_qkv's results lie; qkv: what it read. dqkv may be qkv. dkeys and dvalues NULL: queries
+     * alone. All act. */
     int (*split_qkv_backward)(const struct backend *b, const struct qkv_spec *spec, const struct mat *qkv,
                               const struct mat *dq, const struct mat *dkeys, const struct mat *dvalues,
                               const struct mat *dqkv);

@@ -147,10 +147,8 @@ static int64_t batch_of(const struct tune_options *o, const struct dataset *data
 uint64_t tuner_bytes(const struct model *m, const struct recipe_plan *plan, const struct backend *b,
                      const struct dataset *data, const struct tune_options *o, int64_t micro_batch)
 {
-    struct block_tape unused;
     return sets_bytes(m, plan) + spare_bytes(m, data) +
-           block_tape_place(&unused, &m->gemma, b->activation, NULL, micro_batch, data->length) +
-           numbers_bytes(o);
+           block_tape_bytes(&m->gemma, b->activation, micro_batch, data->length) + numbers_bytes(o);
 }
 
 int64_t tuner_micro_batch(const struct model *m, const struct recipe_plan *plan, const struct backend *b,
@@ -396,22 +394,16 @@ static const int64_t *next_samples(struct tuner *t)
     return t->order + t->at - t->batch;
 }
 
-/* Inputs of n samples into the tape, which is laid out for them. */
+/* What the block reads of n samples into the tape, which is laid out for them. */
 static int fetch(const struct tuner *t, const struct capture *c, const int64_t *samples, int64_t n,
                  struct block_tape *tape)
 {
-    const struct backend *b = backend_of(t);
-    const int64_t length = t->data->length;
     int rc = 0;
-    block_tape_place(tape, &t->m->gemma, b->activation, t->activations, n, length);
+    block_tape_place(tape, &t->m->gemma, t->layer, backend_of(t)->activation, t->activations, n,
+                     t->data->length);
     tape->rope = capture_rope(c, t->layer);
-    for (int64_t i = 0; !rc && i < n; i++) {
-        const struct mat to = mat_rows(&tape->x, i * length, length);
-        struct mat from;
-        rc = capture_sample(c, CAPTURE_INPUTS, samples[i], &to, &from);
-        if (!rc && from.data != to.data)
-            rc = b->core->copy(b, to.data, from.data, (size_t)(length * to.cols) * sizeof(float));
-    }
+    for (int64_t i = 0; !rc && i < n; i++)
+        rc = capture_to_tape(c, t->layer, samples[i], i, tape);
     return rc;
 }
 

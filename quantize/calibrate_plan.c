@@ -67,24 +67,23 @@ static uint64_t without(uint64_t available, uint64_t taken)
     return available > taken ? available - taken : 0;
 }
 
-/* States and a tuning share what there is: whole batches first, then states on the device. Returns the tuning's
- * bytes. */
-static uint64_t share_out(struct calibrate_plan *out, const struct model *m, const struct recipe_plan *plan,
-                          const struct backend *b, const struct dataset *data,
-                          const struct tune_options *tune, uint64_t available)
+/* States and a tuning share what there is: whole batches first, then states on the device. *bytes: the tuning's. */
+static int share_out(struct calibrate_plan *out, const struct model *m, const struct recipe_plan *plan,
+                     const struct backend *b, const struct dataset *data, const struct tune_options *tune,
+                     uint64_t available, uint64_t *bytes)
 {
     const bool tuned = tune->iterations > 0;
     int64_t micro = tuned ? tune->batch < data->samples ? tune->batch : data->samples : 0;
-    uint64_t bytes = tuned ? tuner_bytes(m, plan, b, data, tune, micro) : 0;
-    capture_plan(&out->capture, &m->gemma, b, data, tuned, without(available, bytes));
-    if (tuned && (out->capture.states_on_host || out->capture.device_bytes + bytes > available)) {
+    *bytes = tuned ? tuner_bytes(m, plan, b, data, tune, micro) : 0;
+    int rc = capture_plan(&out->capture, &m->gemma, b, data, tuned, without(available, *bytes));
+    if (!rc && tuned && (out->capture.states_on_host || out->capture.device_bytes + *bytes > available)) {
         const uint64_t least = tuner_bytes(m, plan, b, data, tune, 1);
-        capture_plan(&out->capture, &m->gemma, b, data, true, without(available, least));
+        rc = capture_plan(&out->capture, &m->gemma, b, data, true, without(available, least));
         micro = tuner_micro_batch(m, plan, b, data, tune, without(available, out->capture.device_bytes));
-        bytes = tuner_bytes(m, plan, b, data, tune, micro);
+        *bytes = tuner_bytes(m, plan, b, data, tune, micro);
     }
     out->micro_batch = micro;
-    return bytes;
+    return rc;
 }
 
 int calibrate_plan(struct calibrate_plan *out, const struct model *m, const struct recipe_plan *plan,
@@ -92,7 +91,7 @@ int calibrate_plan(struct calibrate_plan *out, const struct model *m, const stru
                    uint64_t reserved)
 {
     struct device_memory memory;
-    uint64_t other;
+    uint64_t other, tuning;
     int rc = other_bytes(m, plan, b, tune, &other);
     if (!rc)
         rc = b->core->memory(b, &memory);
@@ -101,7 +100,10 @@ int calibrate_plan(struct calibrate_plan *out, const struct model *m, const stru
     const uint64_t limit = budget_limit(),
                    usable = memory.free - memory.free / 16; /* what drivers and libraries take */
     const uint64_t allowed = limit && limit < usable ? limit : usable;
-    other += share_out(out, m, plan, b, data, tune, without(allowed, other + reserved));
+    rc = share_out(out, m, plan, b, data, tune, without(allowed, other + reserved), &tuning);
+    if (rc < 0)
+        return rc;
+    other += tuning;
     /* the embedding is there only while there is nothing but the states */
     const uint64_t outer = weights_part_bytes(m, WEIGHTS_OUTER) + weights_loader_bytes(b);
     out->device_bytes = out->capture.device_bytes + reserved + (other > outer ? other : outer);

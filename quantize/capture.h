@@ -3,6 +3,9 @@
  * is kept: the residual stream in FP32, and the inputs of the o projection and, where there is room, of the down
  * projection; on the device, or in pinned host memory where they do not fit.
  *
+ * Where layers read the keys and values of an earlier one, those of all tokens are kept for them, of each stream its own;
+ * where they have inputs of their own, those of every id that occurs.
+ *
  * For a tuning the inputs of the block are kept until its end, and beside them runs a second residual stream, the
  * reference, that no quantized weight has touched. */
 #ifndef GEMCUT_QUANTIZE_CAPTURE_H
@@ -10,7 +13,7 @@
 
 #include "calib/dataset.h"
 #include "quantize/work.h"
-#include "runtime/weights.h"
+#include "runtime/block_grad.h"
 
 struct capture;
 
@@ -20,12 +23,13 @@ struct capture_plan {
     bool states_on_host; /* residual stream and o's inputs */
     bool keep_inner;     /* the down projection's inputs are kept, not computed twice */
     bool tuned;          /* with the inputs of the block and the reference stream */
+    int64_t n_ids;       /* different ones in the text, where layers have inputs of their own; else 0 */
     uint64_t device_bytes, host_bytes;
 };
 
 /* available: bytes of the device that the states and activations may take */
-void capture_plan(struct capture_plan *out, const struct gemma_config *c, const struct backend *b,
-                  const struct dataset *data, bool tuned, uint64_t available);
+int capture_plan(struct capture_plan *out, const struct gemma_config *c, const struct backend *b,
+                 const struct dataset *data, bool tuned, uint64_t available);
 
 /* w: opened; the outer part is loaded for the embeddings and given back. skip_id: a token whose rows stay out of the
  * Hessians, e.g. <bos>, or −1. */
@@ -49,6 +53,11 @@ int capture_block(struct capture *c, int layer, enum capture_stream stream);
  * `spare`. */
 int capture_sample(const struct capture *c, enum capture_stream stream, int64_t sample,
                    const struct mat *spare, struct mat *out);
+
+/* What a block that has been entered reads of a sample, to sequence i of a tape of its: its inputs, and where it has such
+ * its own input and its donor's keys and values of the stream CAPTURE_INPUTS. */
+int capture_to_tape(const struct capture *c, int layer, int64_t sample, int64_t i,
+                    const struct block_tape *tape);
 
 /* The rotary table of a layer's positions. */
 const struct mat *capture_rope(const struct capture *c, int layer);

@@ -12,9 +12,18 @@ int64_t block_heads(const struct block *k)
     return (int64_t)k->n_heads * k->head_dim;
 }
 
-static const struct mat *if_there(const struct mat *m)
+struct qkv_spec block_split(const struct weights *w, int layer, const struct sequences *sequences,
+                            const struct mat *rope)
 {
-    return m->data ? m : NULL;
+    const struct block *k = &w->blocks[layer];
+    return (struct qkv_spec){.heads = {k->n_heads, k->n_kv_heads, k->head_dim},
+                             .sequences = *sequences,
+                             .norm = block_norm(&w->config),
+                             .q_norm = k->q_norm.data ? &k->q_norm : NULL,
+                             .k_norm = k->k_norm.data ? &k->k_norm : NULL,
+                             .rope = rope,
+                             .k_is_v = k->k_is_v,
+                             .values_normed = k->values_normed};
 }
 
 int block_attention(const struct weights *w, int layer, const struct block_pass *pass,
@@ -23,16 +32,9 @@ int block_attention(const struct weights *w, int layer, const struct block_pass 
     const struct block *k = &w->blocks[layer];
     const struct backend *b = w->backend;
     const bool own = k->kv_source == layer;
-    const struct heads heads = {k->n_heads, k->n_kv_heads, k->head_dim};
-    const struct qkv_spec split = {.heads = heads,
-                                   .sequences = pass->sequences,
-                                   .norm = block_norm(&w->config),
-                                   .q_norm = if_there(&k->q_norm),
-                                   .k_norm = if_there(&k->k_norm),
-                                   .rope = pass->rope,
-                                   .k_is_v = k->k_is_v,
-                                   .values_normed = k->values_normed};
-    const struct attention_spec attend = {heads, pass->sequences, k->score_scale, k->window, k->softcap};
+    const struct qkv_spec split = block_split(w, layer, &pass->sequences, pass->rope);
+    const struct attention_spec attend = {split.heads, pass->sequences, k->score_scale, k->window,
+                                          k->softcap};
     const int64_t kv_cols = (int64_t)k->n_kv_heads * k->head_dim * (!own ? 0 : k->k_is_v ? 1 : 2);
     const struct mat q = mat_cols(&pass->q, 0, block_heads(k)),
                      qkv = mat_cols(&pass->qkv, 0, q.cols + kv_cols);
@@ -40,7 +42,8 @@ int block_attention(const struct weights *w, int layer, const struct block_pass 
     if (!rc)
         rc = b->core->split_qkv(b, &split, &qkv, &q, own ? &pass->keys : NULL, own ? &pass->values : NULL);
     return rc ? rc
-              : b->core->attention(b, &attend, &q, &pass->keys, &pass->values, out, if_there(&pass->lse));
+              : b->core->attention(b, &attend, &q, &pass->keys, &pass->values, out,
+                                   pass->lse.data ? &pass->lse : NULL);
 }
 
 int block_mlp(const struct weights *w, int layer, const struct mat *normed, const struct mat *gate_up,
@@ -67,7 +70,7 @@ int block_join(const struct weights *w, const struct mat *branch, const struct m
 
 /* in->input = (RMSNorm(P·x0 / √hidden)·norm + E[id]·√ple) / √2, of the layer's rows of P and columns of E. The division by
  * √hidden is in the ε of a norm that follows: RMSNorm(x·s) with ε is RMSNorm(x) with ε/s². */
-static int make_input(const struct weights *w, int layer, const struct block_input *in)
+int block_make_input(const struct weights *w, int layer, const struct block_input *in)
 {
     const struct backend *b = w->backend;
     const struct gemma_config *c = &w->config;
@@ -83,21 +86,19 @@ static int make_input(const struct weights *w, int layer, const struct block_inp
     return rc ? rc : b->core->scale(b, sqrtf(0.5f), &in->sum, false, &in->input);
 }
 
-/* x += RMSNorm(W_projection·(gelu(W_gate·x) ⊙ input))·norm; branch and normed [tokens, hidden] are overwritten. */
-static int add_input(const struct weights *w, int layer, const struct block_input *in,
-                     const struct mat *branch, const struct mat *x, const struct mat *normed)
+/* x += RMSNorm(W_projection·(gelu(W_gate·x) ⊙ input))·norm */
+int block_add_input(const struct weights *w, int layer, const struct block_input *in,
+                    const struct mat *branch, const struct mat *x, const struct mat *normed)
 {
     const struct backend *b = w->backend;
     const struct block *k = &w->blocks[layer];
-    int rc = make_input(w, layer, in);
-    if (!rc)
-        rc = b->core->scale(b, 1, x, false, normed);
+    int rc = b->core->scale(b, 1, x, false, normed);
     if (!rc)
         rc = b->core->gemm(b, normed, &k->ple_gate, &in->gate);
     if (!rc)
-        rc = b->core->geglu(b, &in->gate, &in->input, &in->gate);
+        rc = b->core->geglu(b, &in->gate, &in->input, &in->gated);
     if (!rc)
-        rc = b->core->gemm(b, &in->gate, &k->ple_projection, branch);
+        rc = b->core->gemm(b, &in->gated, &k->ple_projection, branch);
     return rc ? rc : block_join(w, branch, &k->ple_norm, x, NULL, normed);
 }
 
@@ -110,7 +111,7 @@ int block_end(const struct weights *w, int layer, const struct block_input *inpu
     const bool more = k->ple_gate.data || k->scalar != 1;
     int rc = block_join(w, branch, &k->post_mlp_norm, x, more ? NULL : next, normed);
     if (!rc && k->ple_gate.data)
-        rc = add_input(w, layer, input, branch, x, normed);
+        rc = block_add_input(w, layer, input, branch, x, normed);
     if (!rc && more)
         rc = b->core->scale(b, k->scalar, x, false, x);
     return rc || !more ? rc : b->core->rms_norm(b, x, next, &spec, normed);

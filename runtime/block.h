@@ -18,8 +18,9 @@ struct block_pass {
 struct block_input {
     const int32_t *ids;     /* on the host */
     struct mat x0;          /* act [tokens, hidden]: what the first block begins with */
-    struct mat sum;         /* F32 [tokens, ple], overwritten as the next ones */
-    struct mat input, gate; /* act [tokens, ple] */
+    struct mat sum;         /* F32 [tokens, ple], overwritten as the gate */
+    struct mat input;       /* act [tokens, ple], as the next ones: the layer's */
+    struct mat gate, gated; /* of it in the block: W_gate·x, and gelu(gate) ⊙ input; they may be one */
 };
 
 /* How this model's norms are meant. */
@@ -27,6 +28,10 @@ struct norm_spec block_norm(const struct gemma_config *c);
 
 /* Columns of a block's queries, which the o projection reads. */
 int64_t block_heads(const struct block *k);
+
+/* From the block's projections to its queries, keys and values. */
+struct qkv_spec block_split(const struct weights *w, int layer, const struct sequences *sequences,
+                            const struct mat *rope);
 
 /* out [tokens, block_heads]: attention; normed [tokens, hidden]: what q, k and v read */
 int block_attention(const struct weights *w, int layer, const struct block_pass *pass,
@@ -42,8 +47,15 @@ int block_mlp(const struct weights *w, int layer, const struct mat *normed, cons
 int block_join(const struct weights *w, const struct mat *branch, const struct mat *post_norm,
                const struct mat *x, const struct mat *next, const struct mat *normed);
 
+/* A layer's own input from ids and x0. The outer weights are loaded. */
+int block_make_input(const struct weights *w, int layer, const struct block_input *in);
+
+/* x += what the layer's own input gives; branch and normed [tokens, hidden] are overwritten */
+int block_add_input(const struct weights *w, int layer, const struct block_input *in,
+                    const struct mat *branch, const struct mat *x, const struct mat *normed);
+
 /* From the MLP's branch, overwritten, to the block's result in x, and normed = RMSNorm(x)·next for what follows. input:
- * NULL where the model has none. */
+ * as block_make_input leaves it; not read where the model has none. */
 int block_end(const struct weights *w, int layer, const struct block_input *input, const struct mat *branch,
               const struct mat *x, const struct mat *next, const struct mat *normed);
 

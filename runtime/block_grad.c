@@ -2,14 +2,14 @@
 
 #include "base/err.h"
 #include "kernels/arena.h"
-#include "runtime/block.h"
 
-uint64_t block_tape_place(struct block_tape *t, const struct gemma_config *c, enum dtype act, void *base,
-                          int64_t sequences, int64_t length)
+uint64_t block_tape_place(struct block_tape *t, const struct gemma_config *c, int layer, enum dtype act,
+                          void *base, int64_t sequences, int64_t length)
 {
-    const struct gemma_widths widest = gemma_widest(c);
-    const int64_t n = sequences * length, hidden = c->hidden_size, inner = widest.inner, heads = widest.q,
-                  kv = widest.kv;
+    const struct gemma_layer *l = &c->layers[layer];
+    const int64_t n = sequences * length, hidden = c->hidden_size, inner = l->intermediate_size,
+                  heads = c->n_heads * l->head_dim, kv = l->n_kv_heads * l->head_dim;
+    const int64_t qkv = heads + (l->kv_source != layer ? 0 : l->k_is_v ? 1 : 2) * kv;
     uint64_t at = 0;
     t->sequences = (struct sequences){sequences, 0, length};
     t->x = arena_take(base, &at, DTYPE_F32, n, hidden);
@@ -17,7 +17,7 @@ uint64_t block_tape_place(struct block_tape *t, const struct gemma_config *c, en
     t->out = arena_take(base, &at, DTYPE_F32, n, hidden);
     t->normed = arena_take(base, &at, act, n, hidden);
     t->mlp_normed = arena_take(base, &at, act, n, hidden);
-    t->qkv = arena_take(base, &at, act, n, widest.qkv);
+    t->qkv = arena_take(base, &at, act, n, qkv);
     t->q = arena_take(base, &at, act, n, heads);
     t->keys = arena_take(base, &at, act, n, kv);
     t->values = arena_take(base, &at, act, n, kv);
@@ -27,6 +27,11 @@ uint64_t block_tape_place(struct block_tape *t, const struct gemma_config *c, en
     t->gate_up = arena_take(base, &at, act, n, 2 * inner);
     t->inner = arena_take(base, &at, act, n, inner);
     t->down = arena_take(base, &at, act, n, hidden);
+    t->input = (struct block_input){.sum = arena_take(base, &at, DTYPE_F32, n, c->ple_size),
+                                    .input = arena_take(base, &at, act, n, c->ple_size),
+                                    .gate = arena_take(base, &at, act, n, c->ple_size),
+                                    .gated = arena_take(base, &at, act, n, c->ple_size)};
+    t->added = arena_take(base, &at, act, n, c->ple_size ? hidden : 0);
     t->dx = t->out; /* the loss is known by then */
     t->dbranch = arena_take(base, &at, act, n, hidden);
     t->dinner = arena_take(base, &at, act, n, inner);
@@ -35,6 +40,17 @@ uint64_t block_tape_place(struct block_tape *t, const struct gemma_config *c, en
     t->dkeys = arena_take(base, &at, act, n, kv);
     t->dvalues = arena_take(base, &at, act, n, kv);
     return at;
+}
+
+uint64_t block_tape_bytes(const struct gemma_config *c, enum dtype act, int64_t sequences, int64_t length)
+{
+    struct block_tape unused;
+    uint64_t most = 0;
+    for (int layer = 0; layer < (int)c->n_layers; layer++) {
+        const uint64_t bytes = block_tape_place(&unused, c, layer, act, NULL, sequences, length);
+        most = bytes > most ? bytes : most;
+    }
+    return most;
 }
 
 static size_t bytes_of(const struct mat *m)
@@ -54,22 +70,13 @@ static int add_branch(const struct weights *w, const struct mat *from, const str
     return rc ? rc : block_join(w, branch, weight, to, next, normed);
 }
 
-/* Layers that differ in width, share keys and values or have inputs of their own have no backward pass yet. */
-static int check_block(const struct gemma_config *c)
-{
-    return c->family->varied ? err_set(ERR_UNSUPPORTED, "tuning of %s is not supported yet", c->family->title)
-                             : 0;
-}
-
 int block_grad_forward(const struct weights *w, int layer, struct block_tape *t)
 {
     const struct backend *b = w->backend;
     const struct block *k = &w->blocks[layer];
     const struct norm_spec spec = block_norm(&w->config);
     const struct block_pass pass = {t->sequences, t->rope, t->qkv, t->q, t->keys, t->values, t->lse};
-    int rc = check_block(&w->config);
-    if (!rc)
-        rc = b->core->rms_norm(b, &t->x, &k->input_norm, &spec, &t->normed);
+    int rc = b->core->rms_norm(b, &t->x, &k->input_norm, &spec, &t->normed);
     if (!rc)
         rc = block_attention(w, layer, &pass, &t->normed, &t->attention);
     if (!rc)
@@ -83,7 +90,9 @@ int block_grad_forward(const struct weights *w, int layer, struct block_tape *t)
         rc = linear_set_forward(b, &k->down, &t->inner, &t->down);
     if (!rc) /* the norm that follows belongs to the next block; its result is not kept */
         rc = add_branch(w, &t->middle, &t->down, &k->post_mlp_norm, &t->out, NULL, &t->dbranch);
-    return rc;
+    if (!rc && k->ple_gate.data)
+        rc = block_add_input(w, layer, &t->input, &t->added, &t->out, &t->dbranch);
+    return rc || k->scalar == 1 ? rc : b->core->scale(b, k->scalar, &t->out, false, &t->out);
 }
 
 /* --- backward --------------------------------------------------------------------------------------------------- */
@@ -130,6 +139,25 @@ static int branch_backward(const struct weights *w, const struct mat *branch, co
                         : b->core->scale(b, 1, &t->dx, false, &t->dbranch);
 }
 
+/* From the block's result to x behind the MLP's branch: its scalar, and what the layer's own input added. */
+static int end_backward(const struct weights *w, int layer, const struct block_tape *t)
+{
+    const struct backend *b = w->backend;
+    const struct block *k = &w->blocks[layer];
+    const struct block_input *in = &t->input;
+    int rc = k->scalar == 1 ? 0 : b->core->scale(b, k->scalar, &t->dx, false, &t->dx);
+    if (rc || !k->ple_gate.data)
+        return rc;
+    rc = branch_backward(w, &t->added, &k->ple_norm, t);
+    if (!rc)
+        rc = b->train->gemm_dgrad(b, &t->dbranch, &k->ple_projection, false, &in->gated);
+    if (!rc) /* what the input gains by goes nowhere */
+        rc = b->train->geglu_backward(b, &in->gate, &in->input, &in->gated, &in->gate, &in->input);
+    if (!rc)
+        rc = b->train->gemm_dgrad(b, &in->gate, &k->ple_gate, false, &t->dbranch);
+    return rc ? rc : b->core->scale(b, 1, &t->dbranch, true, &t->dx);
+}
+
 static int mlp_backward(const struct weights *w, int layer, struct block_tape *t, bool add,
                         const struct block_grads *g)
 {
@@ -156,14 +184,9 @@ static int attention_backward(const struct weights *w, int layer, struct block_t
 {
     const struct backend *b = w->backend;
     const struct block *k = &w->blocks[layer];
-    const struct heads heads = {k->n_heads, k->n_kv_heads, k->head_dim};
-    const struct qkv_spec split = {.heads = heads,
-                                   .sequences = t->sequences,
-                                   .norm = block_norm(&w->config),
-                                   .q_norm = k->q_norm.data ? &k->q_norm : NULL,
-                                   .k_norm = k->k_norm.data ? &k->k_norm : NULL,
-                                   .rope = t->rope};
-    const struct attention_spec attend = {heads, t->sequences, k->score_scale, k->window, k->softcap};
+    const struct qkv_spec split = block_split(w, layer, &t->sequences, t->rope);
+    const struct attention_spec attend = {split.heads, t->sequences, k->score_scale, k->window, k->softcap};
+    const bool own = k->kv_source == layer; /* else what the keys and values gain by goes nowhere */
     const struct attention_tape tape = {t->q, t->keys, t->values, t->attention, t->lse};
     int rc = branch_backward(w, &t->o, &k->post_attention_norm, t);
     if (!rc)
@@ -171,7 +194,8 @@ static int attention_backward(const struct weights *w, int layer, struct block_t
     if (!rc)
         rc = b->train->attention_backward(b, &attend, &tape, &t->dattention, &t->dq, &t->dkeys, &t->dvalues);
     return rc ? rc
-              : b->train->split_qkv_backward(b, &split, &t->qkv, &t->dq, &t->dkeys, &t->dvalues, &t->qkv);
+              : b->train->split_qkv_backward(b, &split, &t->qkv, &t->dq, own ? &t->dkeys : NULL,
+                                             own ? &t->dvalues : NULL, &t->qkv);
 }
 
 int block_grad_backward(const struct weights *w, int layer, struct block_tape *t, bool add, bool with_input,
@@ -180,7 +204,9 @@ int block_grad_backward(const struct weights *w, int layer, struct block_tape *t
     const struct backend *b = w->backend;
     const struct block *k = &w->blocks[layer];
     const struct norm_spec spec = block_norm(&w->config);
-    int rc = mlp_backward(w, layer, t, add, g);
+    int rc = end_backward(w, layer, t);
+    if (!rc)
+        rc = mlp_backward(w, layer, t, add, g);
     if (!rc)
         rc = attention_backward(w, layer, t, add, g);
     if (!rc)

@@ -1,10 +1,10 @@
 /* A decoder block's forward pass with everything kept that its backward pass needs, and that backward pass: gradients
- * with respect to the weights of its linears and, where wanted, to its input. Norm weights are not differentiated. */
+ * with respect to the weights of its linears and, where wanted, to its input. Norm weights are not differentiated, nor are
+ * the layer's own input and the weights of 16 bits that it goes through, nor keys and values of another layer. */
 #ifndef GEMCUT_RUNTIME_BLOCK_GRAD_H
 #define GEMCUT_RUNTIME_BLOCK_GRAD_H
 
-#include "runtime/gemma.h"
-#include "runtime/weights.h"
+#include "runtime/block.h"
 
 /* What the forward pass keeps, [tokens, …], act where nothing is said. */
 struct block_tape {
@@ -13,17 +13,22 @@ struct block_tape {
     struct mat x;               /* F32: the block's input, as the caller leaves it here */
     struct mat middle, out;     /* F32: with attention's branch added; with the MLP's too */
     struct mat normed, mlp_normed;
-    struct mat qkv, q, keys, values, lse, attention; /* lse F32 */
+    /* lse F32; keys and values of a layer that shares them: those of its donor, as the caller leaves them here */
+    struct mat qkv, q, keys, values, lse, attention;
     struct mat o, gate_up, inner, down;
+    struct block_input input; /* the layer's own, as the caller leaves it in its `input` before every pass */
+    struct mat added;         /* what it gives, before its norm */
     /* Of the backward pass: */
     struct mat dx;                          /* F32: of the residual stream */
     struct mat dbranch, dinner, dattention; /* of o's and down's results and inputs */
     struct mat dq, dkeys, dvalues;
 };
 
-/* Lays the matrices out from base on (NULL: only counts) for so many sequences of that length; returns the bytes. */
-uint64_t block_tape_place(struct block_tape *t, const struct gemma_config *c, enum dtype act, void *base,
-                          int64_t sequences, int64_t length);
+/* Lays a layer's matrices out from base on (NULL: only counts) for so many sequences of that length; returns the
+ * bytes. block_tape_bytes: the most that any layer needs. */
+uint64_t block_tape_place(struct block_tape *t, const struct gemma_config *c, int layer, enum dtype act,
+                          void *base, int64_t sequences, int64_t length);
+uint64_t block_tape_bytes(const struct gemma_config *c, enum dtype act, int64_t sequences, int64_t length);
 
 /* t->x to t->out. */
 int block_grad_forward(const struct weights *w, int layer, struct block_tape *t);

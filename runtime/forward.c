@@ -161,11 +161,17 @@ static int mlp_branch(struct forward *f, int layer, int64_t n, const int32_t *id
         layer + 1 < f->w->config.n_layers ? &f->w->blocks[layer + 1].input_norm : &f->w->final_norm;
     struct block_input input = f->input;
     if (f->w->config.ple_size)
-        input = (struct block_input){ids, mat_rows(&input.x0, 0, tokens), mat_rows(&input.sum, 0, tokens),
-                                     mat_rows(&input.input, 0, tokens), mat_rows(&input.gate, 0, tokens)};
+        input = (struct block_input){.ids = ids,
+                                     .x0 = mat_rows(&input.x0, 0, tokens),
+                                     .sum = mat_rows(&input.sum, 0, tokens),
+                                     .input = mat_rows(&input.input, 0, tokens),
+                                     .gate = mat_rows(&input.gate, 0, tokens)};
+    input.gated = input.gate;
     int rc = block_mlp(f->w, layer, &normed, &gate_up, &inner);
     if (!rc)
         rc = linear_set_forward(f->w->backend, &k->down, &inner, &branch);
+    if (!rc && f->w->config.ple_size)
+        rc = block_make_input(f->w, layer, &input);
     return rc ? rc : block_end(f->w, layer, &input, &branch, &x, next, &normed);
 }
 

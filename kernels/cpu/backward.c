@@ -226,22 +226,46 @@ static void heads_backward(const struct qkv_job *j, const float *x, const struct
     }
 }
 
+/* One head of values, which is normed without a weight or not at all; out: added to, where add. */
+static void value_backward(const struct qkv_job *j, const float *x, const float *dy, bool add, float *out)
+{
+    const int64_t d = j->spec->heads.head_dim;
+    if (j->spec->values_normed)
+        norm_row_backward(x, NULL, &j->spec->norm, dy, add ? out : NULL, out, d);
+    else
+        for (int64_t i = 0; i < d; i++)
+            out[i] = (add ? out[i] : 0) + dy[i];
+}
+
+/* Keys and values of one token; x and out, which may be x: where the keys are in qkv. */
+static void cache_backward(const struct qkv_job *j, const float *x, const float *table, const float *dkeys,
+                           const float *dvalues, float *out)
+{
+    const struct qkv_spec *s = j->spec;
+    const int64_t d = s->heads.head_dim, values = s->k_is_v ? 0 : j->dkeys->cols;
+    float key[MAX_HEAD]; /* read twice where it is the value too */
+    for (int64_t at = 0; at < j->dkeys->cols; at += d) {
+        memcpy(key, x + at, (size_t)d * sizeof *key);
+        heads_backward(j, key, s->k_norm, 1, table, dkeys + at, out + at);
+        value_backward(j, s->k_is_v ? key : x + values + at, dvalues + at, s->k_is_v, out + values + at);
+    }
+}
+
 static int qkv_task(void *ctx, size_t run, int worker)
 {
     (void)worker;
     const struct qkv_job *j = ctx;
     const struct qkv_spec *s = j->spec;
     const int64_t first = (int64_t)run * RUN, end = at_most(first + RUN, j->qkv->rows);
-    const int64_t q_cols = j->dq->cols, kv_cols = j->dkeys->cols;
     for (int64_t r = first; r < end; r++) {
         const int64_t token = r % j->n_new;
         const int64_t slot = r / j->n_new * s->sequences.max_positions + s->sequences.first_position + token;
         const float *x = row_of(j->qkv, r), *table = row_of(s->rope, token);
         float *out = row_of(j->dqkv, r);
         heads_backward(j, x, s->q_norm, s->heads.n_heads, table, row_of(j->dq, r), out);
-        heads_backward(j, x + q_cols, s->k_norm, s->heads.n_kv_heads, table, row_of(j->dkeys, slot),
-                       out + q_cols);
-        memcpy(out + q_cols + kv_cols, row_of(j->dvalues, slot), (size_t)kv_cols * sizeof *out);
+        if (j->dkeys)
+            cache_backward(j, x + j->dq->cols, table, row_of(j->dkeys, slot), row_of(j->dvalues, slot),
+                           out + j->dq->cols);
     }
     return 0;
 }
@@ -253,21 +277,24 @@ int cpu_split_qkv_backward(const struct backend *b, const struct qkv_spec *spec,
     const struct heads *h = &spec->heads;
     const struct sequences *s = &spec->sequences;
     const int64_t q_cols = (int64_t)h->n_heads * h->head_dim, kv_cols = (int64_t)h->n_kv_heads * h->head_dim;
-    const struct mat *const all[] = {qkv, dq, dkeys, dvalues, dqkv, spec->rope};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+    const struct mat *const all[] = {qkv, dq, dqkv, spec->rope, dkeys, dvalues};
+    CHECK(!dkeys == !dvalues);
+    for (int i = 0; i < (dkeys ? 6 : 4); i++)
         check_f32(all[i]);
     CHECK(h->head_dim > 0 && h->head_dim % 2 == 0 && qkv->rows % s->n == 0);
-    CHECK(qkv->cols == q_cols + (spec->k_is_v ? 1 : 2) * kv_cols && dqkv->cols == qkv->cols &&
-          dqkv->rows == qkv->rows);
-    CHECK(dq->cols == q_cols && dq->rows == qkv->rows && dkeys->cols == kv_cols && dvalues->cols == kv_cols);
-    CHECK(dkeys->rows >= s->n * s->max_positions && dvalues->rows == dkeys->rows);
+    CHECK(qkv->cols == q_cols + (!dkeys         ? 0
+                                 : spec->k_is_v ? 1
+                                                : 2) *
+                                    kv_cols &&
+          dqkv->cols == qkv->cols && dqkv->rows == qkv->rows);
+    CHECK(dq->cols == q_cols && dq->rows == qkv->rows);
+    CHECK(!dkeys || (dkeys->cols == kv_cols && dvalues->cols == kv_cols &&
+                     dkeys->rows >= s->n * s->max_positions && dvalues->rows == dkeys->rows));
     CHECK(s->first_position + qkv->rows / s->n <= s->max_positions);
     CHECK(spec->rope->cols == h->head_dim && spec->rope->rows >= qkv->rows / s->n);
     if (h->head_dim > MAX_HEAD)
         return err_set(ERR_UNSUPPORTED, "split_qkv_backward: heads of %d, expected at most %d", h->head_dim,
                        MAX_HEAD);
-    if (spec->k_is_v || spec->values_normed)
-        return err_set(ERR_UNSUPPORTED, "split_qkv_backward: values that are normed, or keys too");
     int rc = spec->q_norm ? cpu_check_float(spec->q_norm, "split_qkv_backward") : 0;
     if (!rc && spec->k_norm)
         rc = cpu_check_float(spec->k_norm, "split_qkv_backward");

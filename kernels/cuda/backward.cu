@@ -373,6 +373,8 @@ static int check_qkv(const struct qkv_spec *spec, const struct mat *const acts[5
     const struct sequences *s = &spec->sequences;
     const struct mat *qkv = acts[0], *dq = acts[1], *dkeys = acts[2], *dvalues = acts[3], *dqkv = acts[4];
     const int64_t q_cols = (int64_t)h->n_heads * h->head_dim, kv_cols = (int64_t)h->n_kv_heads * h->head_dim;
+    if (!dkeys || !dvalues)
+        return err_set(ERR_UNSUPPORTED, "split_qkv_backward: queries without keys and values");
     if (spec->k_is_v || spec->values_normed)
         return err_set(ERR_UNSUPPORTED, "split_qkv_backward: values that are normed, or keys too");
     CHECK(h->head_dim > 0 && h->head_dim % 2 == 0 && qkv->rows % s->n == 0);

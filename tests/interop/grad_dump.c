@@ -29,7 +29,8 @@ static uint64_t plan(struct dump *d, char *base)
     const struct gemma_config *c = &d->w->config;
     const int64_t n = d->sequences * d->length, heads = c->n_heads * c->head_dim,
                   kv = c->n_kv_heads * c->head_dim, inner = c->intermediate_size;
-    uint64_t at = block_tape_place(&d->tape, c, d->w->backend->activation, base, d->sequences, d->length);
+    uint64_t at =
+        block_tape_place(&d->tape, c, d->layer, d->w->backend->activation, base, d->sequences, d->length);
     d->rope = arena_take(base, &at, DTYPE_F32, d->length, c->head_dim);
     d->target = arena_take(base, &at, DTYPE_F32, n, c->hidden_size);
     d->sum = arena_take(base, &at, DTYPE_F64, 1, 1);

@@ -1,9 +1,7 @@
 /* What config.json says of each family, as settings, layers and tensors: full-size models by the numbers of tensors and
  * parameters that transformers 5.17 makes of them; what is refused. And small made-up ones, cut. */
 #include "base/file.h"
-#include "quantize/capture.h"
 #include "quantize/recipe.h"
-#include "runtime/forward.h"
 #include "runtime/model.h"
 #include "tests/unit/cutting.h"
 #include "tests/unit/support.h"
@@ -258,88 +256,14 @@ static void test_names(void **state)
 
 enum { SAMPLES = 3, LENGTH = 20 };
 
-static int32_t ids[SAMPLES * LENGTH];
-static struct dataset data = {.samples = SAMPLES, .length = LENGTH, .ids = ids};
-
-static void make_ids(void)
-{
-    for (int i = 0; i < SAMPLES * LENGTH; i++)
-        ids[i] = i % LENGTH ? (i * 7919 + 13) % 128 : 2;
-}
-
-/* The residual streams of all samples behind every block. */
-static int observe(void *ctx, int layer, const struct mat *x)
-{
-    assert_int_equal(x->cols, x->stride);
-    const size_t bytes = (size_t)(x->rows * x->cols) * sizeof(float);
-    memcpy((char *)ctx + (size_t)layer * bytes, x->data, bytes);
-    return 0;
-}
-
-/* Block by block, what calibration carries from set to set is what the forward pass computes. */
-static void check_capture(const struct model *m, const struct backend *b, bool tuned)
-{
-    static float streams[6 * SAMPLES * LENGTH * 64];
-    const int64_t each = LENGTH * m->gemma.hidden_size;
-    struct weights w;
-    struct forward *f;
-    struct mat x;
-    struct capture_plan plan;
-    struct capture *c;
-    struct work_clock clock;
-    assert_ok(weights_load(&w, m, b));
-    assert_ok(forward_open(&f, &w, &(struct forward_size){SAMPLES, LENGTH, LENGTH}));
-    forward_observe(f, observe, streams);
-    assert_ok(forward_run(f, ids, LENGTH, &x));
-    forward_close(f);
-    weights_free(&w);
-    work_begin(&clock, NULL);
-    capture_plan(&plan, &m->gemma, b, &data, tuned, UINT64_MAX);
-    assert_ok(weights_open(&w, m, b));
-    assert_ok(capture_open(&c, &w, &data, &plan, -1, &clock));
-    for (int layer = 0; layer < (int)m->gemma.n_layers; layer++) {
-        assert_ok(weights_load_part(&w, layer));
-        for (int set = 0; set < N_FUSED; set++)
-            assert_ok(capture_inputs(c, layer, (enum gemma_fused)set, NULL));
-        assert_ok(tuned ? capture_block(c, layer, CAPTURE_INPUTS) : capture_end(c, layer));
-        weights_unload_part(&w, layer);
-        double error = 0, size = 0;
-        for (int s = 0; s < SAMPLES; s++) {
-            const float *expected = streams + (layer * SAMPLES + s) * each;
-            assert_ok(capture_sample(c, CAPTURE_INPUTS, s, NULL, &x));
-            for (int64_t i = 0; i < each; i++) {
-                error += pow((double)((const float *)x.data)[i] - (double)expected[i], 2);
-                size += pow((double)expected[i], 2);
-            }
-        }
-        assert_true(sqrt(error / size) <= 1e-6);
-    }
-    capture_close(c);
-    weights_free(&w);
-}
-
-static void test_capture(void **state)
-{
-    (void)state;
-    struct backend b;
-    make_ids();
-    assert_ok(backend_open(&b, "cpu", 2));
-    for (int i = 0; i < TINY_GEMMA4_SHARING; i++) {
-        struct model m;
-        assert_ok(model_open(&m, cut_of(i, "").model));
-        assert_ok(model_bind(&m, NULL, NULL));
-        check_capture(&m, &b, false);
-        check_capture(&m, &b, true);
-        model_close(&m);
-    }
-    backend_close(&b);
-}
-
-/* Methods that look at activations take Gemma 1 and 2, whose branches differ from Gemma 3's, the same bytes twice. */
+/* Methods that look at activations take every family; the same bytes twice. */
 static void test_calibrated(void **state)
 {
     (void)state;
-    make_ids();
+    static int32_t ids[SAMPLES * LENGTH];
+    for (int i = 0; i < SAMPLES * LENGTH; i++)
+        ids[i] = i % LENGTH ? (i * 7919 + 13) % 128 : 2;
+    const struct dataset data = {.samples = SAMPLES, .length = LENGTH, .ids = ids};
     for (int i = 0; i < TINY_FAMILIES * 2; i++) {
         const int family = i / 2;
         const char *outs[2];
@@ -357,25 +281,18 @@ static void test_calibrated(void **state)
             o.data = &data;
             o.n_workers = k + 1;
             outs[k] = o.out;
-            if (family >= TINY_GEMMA4_SHARING)
-                assert_error(cutting_run(&o, &cutting_silent), ERR_UNSUPPORTED,
-                             "calibration of Gemma 4 is not supported yet");
-            else
-                assert_ok(cutting_run(&o, &cutting_silent));
+            assert_ok(cutting_run(&o, &cutting_silent));
         }
-        if (family < TINY_GEMMA4_SHARING)
-            cutting_check_same(outs[0], outs[1]);
-        else
-            cutting_check_absent(outs[0]);
+        cutting_check_same(outs[0], outs[1]);
     }
 }
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_full_size), cmocka_unit_test(test_layers),     cmocka_unit_test(test_settings),
-        cmocka_unit_test(test_refused),   cmocka_unit_test(test_cut),        cmocka_unit_test(test_names),
-        cmocka_unit_test(test_capture),   cmocka_unit_test(test_calibrated),
+        cmocka_unit_test(test_full_size),  cmocka_unit_test(test_layers), cmocka_unit_test(test_settings),
+        cmocka_unit_test(test_refused),    cmocka_unit_test(test_cut),    cmocka_unit_test(test_names),
+        cmocka_unit_test(test_calibrated),
     };
     return cmocka_run_group_tests(tests, support_make_folder, support_remove_folder);
 }

@@ -58,7 +58,7 @@ static struct cut_options tuned(const char *out)
 /* What a run that nothing disturbs gives. */
 static const char *reference(const struct cut_options *like)
 {
-    const char *out = support_path("reference-%s", like->recipe.method);
+    const char *out = support_path("reference-%s-%s", like->recipe.method, file_base(like->model));
     if (!file_exists(out)) {
         struct cut_options o = *like;
         o.out = out;
@@ -113,6 +113,23 @@ static void test_tuning_killed_anywhere(void **state)
         const size_t recalled = resume(o), whole_blocks = (size_t)(n - 1) / EACH * EACH;
         assert_int_equal(recalled, whole_blocks);
     }
+}
+
+/* What a block reads of earlier ones, and of the embeddings, is there again: the last three layers of this model read
+ * keys and values of two before them. */
+static void test_sharing_killed(void **state)
+{
+    (void)state;
+    enum { WHOLE = 3 * 7, SHARING = 3 * 5 };
+    for (int i = 0; i < 2; i++)
+        for (int n = 5; n <= WHOLE + SHARING; n += 6) {
+            const char *out = support_path("sharing-%d-%d", i, n);
+            struct cut_options o = i ? tuned(out) : options(out);
+            o.model = cutting_model("sharing", &tiny_families[TINY_GEMMA4_SHARING]);
+            kill_after(o, n);
+            const size_t recalled = resume(o);
+            assert_true(recalled < (size_t)n && recalled + 7 >= (size_t)n);
+        }
 }
 
 static void test_killed_again(void **state)
@@ -263,11 +280,17 @@ static void test_interrupted(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_killed_anywhere),   cmocka_unit_test(test_tuning_killed_anywhere),
-        cmocka_unit_test(test_killed_again),      cmocka_unit_test(test_killed_in_other_formats),
-        cmocka_unit_test(test_damaged_codes),     cmocka_unit_test(test_torn_journal),
-        cmocka_unit_test(test_other_request),     cmocka_unit_test(test_anew),
-        cmocka_unit_test(test_nothing_to_resume), cmocka_unit_test(test_interrupted),
+        cmocka_unit_test(test_killed_anywhere),
+        cmocka_unit_test(test_tuning_killed_anywhere),
+        cmocka_unit_test(test_sharing_killed),
+        cmocka_unit_test(test_killed_again),
+        cmocka_unit_test(test_killed_in_other_formats),
+        cmocka_unit_test(test_damaged_codes),
+        cmocka_unit_test(test_torn_journal),
+        cmocka_unit_test(test_other_request),
+        cmocka_unit_test(test_anew),
+        cmocka_unit_test(test_nothing_to_resume),
+        cmocka_unit_test(test_interrupted),
     };
     return cmocka_run_group_tests(tests, make_data, support_remove_folder);
 }
