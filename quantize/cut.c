@@ -112,8 +112,6 @@ int cut_open(struct cut **out, const struct cut_options *options)
     if (!rc)
         rc = model_open_unquantized(&c->source, options->model);
     if (!rc)
-        rc = recipe_check_family(&c->options.recipe, &c->source.gemma, c->source.folder);
-    if (!rc)
         rc = model_bind(&c->source, NULL, NULL);
     if (!rc)
         rc = recipe_resolve(&c->plan, &c->options.recipe, &c->source.tensors);

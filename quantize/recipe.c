@@ -234,14 +234,6 @@ static void report_ragged(const struct recipe_plan *plan, const struct recipe *r
         log_warn("groups of 256 have no fast kernel in vLLM");
 }
 
-int recipe_check_family(const struct recipe *r, const struct gemma_config *cfg, const char *name)
-{
-    if (!r->calibrated || !cfg->family->varied)
-        return 0;
-    return err_set(ERR_UNSUPPORTED, "%s: calibration of %s is not supported yet (--method rtn has none)",
-                   name, cfg->family->title);
-}
-
 /* Orders the linears so that the members of a set stand together: by layer, set, then model order. */
 static int by_set(const void *a, const void *b)
 {

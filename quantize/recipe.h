@@ -59,9 +59,6 @@ const char *recipe_scales_name(enum scale_rule rule);
 /* The recipe as GPTQ takes it. */
 struct gptq_options recipe_gptq(const struct recipe *recipe);
 
-/* Refuses a family that the method cannot calibrate yet; name: what messages call the model. */
-int recipe_check_family(const struct recipe *recipe, const struct gemma_config *cfg, const char *name);
-
 /* "GLOB=scheme,group"; either part after '=' may be missing, base fills it in. */
 int recipe_parse_override(const char *text, struct quant_scheme base, struct recipe_override *out);
 
