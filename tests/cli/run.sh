@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Golden tests of the command line.
-#   run.sh GEMCUT_BINARY [--update] [NAME…]
+#   run.sh GEMCUT_BINARY [--update] [--short] [NAME…]
 # A case is a folder cases/NAME with
 #   cmd                        run by `bash -eu` in a fresh folder; $GEMCUT: the binary, $SRC: the repository, $TMP: that folder
 #   exit                       the expected exit code; without it 0
 #   stdout, stderr             the exact text; without any file the stream must be empty
 #   stdout.glob, stderr.glob   one glob pattern a line, in order; a line "..." stands for any number of lines
 #   stdout.ignore, stderr.ignore   the stream is not looked at
+#   slow                       not run with --short, which is for builds that are many times slower
 # In both streams the paths $TMP and $SRC are replaced by their names. --update writes the exact texts anew, never
 # globs or exit codes. Exit code 1 when a case fails.
 set -uo pipefail
@@ -14,11 +15,13 @@ set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 SRC=$(cd "$here/../.." && pwd)
 update=false
+short=false
 binary=
 names=()
 for word in "$@"; do
     case $word in
     --update) update=true ;;
+    --short) short=true ;;
     -*)
         echo "run.sh: unknown option '$word'" >&2
         exit 2
@@ -33,7 +36,11 @@ fi
 GEMCUT=$(cd "$(dirname "$binary")" && pwd)/$(basename "$binary")
 if ((${#names[@]} == 0)); then
     for folder in "$here"/cases/*/; do
-        names+=("$(basename "$folder")")
+        if $short && [[ -e $folder/slow ]]; then
+            echo "not run $(basename "$folder") (--short)"
+        else
+            names+=("$(basename "$folder")")
+        fi
     done
 fi
 
