@@ -34,7 +34,7 @@ static const char *const scale_rules[] = {"auto", "block", "weighted", "range", 
 static const char *const orders[] = {"shuffle", "file", NULL};
 static const char *const column_orders[] = {"activation", "natural", NULL};
 static const char *const scale_signs[] = {"any", "positive", NULL};
-static const char *const ragged_rules[] = {"smaller", "keep", "error", NULL};
+static const char *const ragged_rules[] = {"smaller", "keep", "error", "auto", NULL};
 static const char *const formats[] = {"compressed-tensors", "auto-round", "gptq", NULL};
 
 static const struct opt_arg positional[] = {
@@ -159,9 +159,9 @@ static const struct opt options[] = {
     {.name = "ragged",
      OPT_TO_CHOICE(struct args, ragged),
      .choices = ragged_rules,
-     .initial = "smaller",
-     .help =
-         "where the group size does not divide a width: the largest smaller one that does, keep 16 bits, or error"},
+     .initial = "auto",
+     .help = "where the group size does not divide a width: the largest smaller one that does, keep 16 bits, or "
+             "error; auto: smaller for experts and multiples of 128, else keep"},
     {.name = "allow-nonfinite",
      OPT_TO_FLAG(struct args, allow_nonfinite),
      .help = "take NaN and infinite weights as 0 instead of refusing them"},

@@ -47,8 +47,10 @@ static int check_sets(const struct convert *c)
 {
     for (size_t i = 1; i < c->plan.n; i++) {
         const struct linear_plan *a = &c->plan.linears[i - 1], *b = &c->plan.linears[i];
-        if (a->tensor->layer == b->tensor->layer &&
-            gemma_fused_set(a->tensor->role) == gemma_fused_set(b->tensor->role) && !same_scheme(a, b))
+        const bool experts = a->tensor->expert >= 0, alike = experts == (b->tensor->expert >= 0);
+        if (a->tensor->layer == b->tensor->layer && alike &&
+            (experts || gemma_fused_set(a->tensor->role) == gemma_fused_set(b->tensor->role)) &&
+            !same_scheme(a, b))
             return err_set(ERR_UNSUPPORTED,
                            "%s: '%s' and '%s' are quantized differently, and readers run them as one matrix",
                            c->source.folder, a->tensor->name, b->tensor->name);
@@ -96,6 +98,8 @@ static int make_rest(struct convert *c)
     for (size_t i = 0; !rc && i < all->n_tensors; i++)
         if (!taken[i] && !gemma_is_dead(&c->source.gemma, c->source.prefix, all->tensors[i].name))
             c->rest.tensors[c->rest.n_tensors++] = all->tensors[i];
+    if (!rc)
+        c->rest.n_tensors = fused_restore(&c->source.fused, c->rest.tensors, c->rest.n_tensors, NULL);
     free(taken);
     return rc;
 }

@@ -99,6 +99,20 @@ static int open_calibration(struct cut *c)
                                copying_bytes(c));
 }
 
+/* What is passed on or quantized: experts that stay in 16 bits lie together as they did. */
+static int list_tensors(struct cut *c)
+{
+    bool *apart = mem_alloc((size_t)c->source.gemma.n_layers, sizeof *apart, "a list of layers");
+    if (!apart)
+        return ERR_MEMORY;
+    for (size_t i = 0; i < c->plan.n; i++)
+        if (c->plan.linears[i].tensor->expert >= 0)
+            apart[c->plan.linears[i].tensor->layer] = c->plan.linears[i].quantized;
+    const int rc = model_live_tensors(&c->source, apart, &c->live);
+    free(apart);
+    return rc;
+}
+
 int cut_open(struct cut **out, const struct cut_options *options)
 {
     *out = NULL;
@@ -116,7 +130,7 @@ int cut_open(struct cut **out, const struct cut_options *options)
     if (!rc)
         rc = recipe_resolve(&c->plan, &c->options.recipe, &c->source.tensors);
     if (!rc)
-        rc = model_live_tensors(&c->source, &c->live);
+        rc = list_tensors(c);
     if (!rc)
         rc = writer_open(&c->writer, c->place.partial, options->shard_bytes);
     if (!rc)

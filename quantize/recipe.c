@@ -32,7 +32,7 @@ static const char *const scale_rules[] = {[SCALE_RANGE] = "range",
                                           [SCALE_WEIGHTED] = "weighted",
                                           [SCALE_BLOCK] = "block"};
 static const char *const ragged_rules[] = {
-    [RAGGED_SMALLER] = "smaller", [RAGGED_KEEP] = "keep", [RAGGED_ERROR] = "error"};
+    [RAGGED_SMALLER] = "smaller", [RAGGED_KEEP] = "keep", [RAGGED_ERROR] = "error", [RAGGED_AUTO] = "auto"};
 
 #define N_OF(array) (sizeof(array) / sizeof *(array))
 
@@ -188,23 +188,38 @@ static void apply_patterns(struct linear_plan *set, size_t n, const struct recip
     }
 }
 
-/* All members of a set have the same width. */
+static bool divides_all(int64_t group, const struct linear_plan *set, size_t n)
+{
+    bool all = true;
+    for (size_t i = 0; i < n; i++)
+        all = all && set[i].tensor->shape[1] % group == 0;
+    return all;
+}
+
+/* Whether a set whose width the group does not divide gets a smaller one. */
+static bool shrinks(const struct linear_plan *set, size_t n, enum ragged_rule rule)
+{
+    enum { KERNEL_COLUMNS = 128 };
+    return rule == RAGGED_SMALLER ||
+           (rule == RAGGED_AUTO && (set->tensor->expert >= 0 || divides_all(KERNEL_COLUMNS, set, n)));
+}
+
+/* Members of a dense set have the same width; experts have two, and one group for both. */
 static int apply_ragged(struct linear_plan *set, size_t n, enum ragged_rule rule)
 {
-    const struct gemma_tensor *t = set[0].tensor;
-    const int64_t cols = t->shape[1], group = set[0].scheme.group;
-    if (!set[0].quantized || group == 0 || cols % group == 0)
+    const int64_t group = set[0].scheme.group;
+    if (!set[0].quantized || group == 0 || divides_all(group, set, n))
         return 0;
-    if (rule == RAGGED_ERROR)
-        return err_set(ERR_UNSUPPORTED,
-                       "tensor '%s' has %lld columns, which groups of %lld do not divide "
-                       "(--ragged smaller or keep)",
-                       t->name, (long long)cols, (long long)group);
+    for (size_t i = 0; rule == RAGGED_ERROR && i < n; i++)
+        if (set[i].tensor->shape[1] % group)
+            return err_set(ERR_UNSUPPORTED,
+                           "tensor '%s' has %lld columns, which groups of %lld do not divide "
+                           "(--ragged auto, smaller or keep)",
+                           set[i].tensor->name, (long long)set[i].tensor->shape[1], (long long)group);
     int64_t smaller = 0;
-    if (rule == RAGGED_SMALLER)
-        for (size_t g = 0; g < N_OF(groups); g++)
-            if (groups[g].columns && groups[g].columns < group && cols % groups[g].columns == 0)
-                smaller = groups[g].columns;
+    for (size_t g = 0; shrinks(set, n, rule) && g < N_OF(groups); g++)
+        if (groups[g].columns && groups[g].columns < group && divides_all(groups[g].columns, set, n))
+            smaller = groups[g].columns;
     for (size_t i = 0; i < n; i++) {
         set[i].quantized = smaller > 0;
         set[i].scheme.group = smaller;
@@ -234,13 +249,21 @@ static void report_ragged(const struct recipe_plan *plan, const struct recipe *r
         log_warn("groups of 256 have no fast kernel in vLLM");
 }
 
-/* Orders the linears so that the members of a set stand together: by layer, set, then model order. */
+/* What is decided alike: a fused set, or all experts of a layer, which readers run as one. */
+enum { SET_EXPERTS = N_FUSED, N_SETS };
+static int set_kind(const struct gemma_tensor *t)
+{
+    return t->expert >= 0 ? (int)SET_EXPERTS : (int)gemma_fused_set(t->role);
+}
+
+/* Orders the linears so that the members of a set stand together: by layer, set, then model order, in which experts' are by
+ * fused sets. */
 static int by_set(const void *a, const void *b)
 {
     const struct linear_plan *x = a, *y = b;
     if (x->tensor->layer != y->tensor->layer)
         return x->tensor->layer < y->tensor->layer ? -1 : 1;
-    const enum gemma_fused fx = gemma_fused_set(x->tensor->role), fy = gemma_fused_set(y->tensor->role);
+    const int fx = set_kind(x->tensor), fy = set_kind(y->tensor);
     if (fx != fy)
         return fx < fy ? -1 : 1;
     return x->tensor < y->tensor ? -1 : 1;
@@ -248,8 +271,7 @@ static int by_set(const void *a, const void *b)
 
 static bool same_set(const struct linear_plan *a, const struct linear_plan *b)
 {
-    return a->tensor->layer == b->tensor->layer &&
-           gemma_fused_set(a->tensor->role) == gemma_fused_set(b->tensor->role);
+    return a->tensor->layer == b->tensor->layer && set_kind(a->tensor) == set_kind(b->tensor);
 }
 
 static int resolve_sets(struct recipe_plan *plan, const struct recipe *r, struct usages *used)
@@ -311,11 +333,12 @@ void recipe_plan_free(struct recipe_plan *plan)
 /* --- describing ----------------------------------------------------------------------------------------------- */
 
 /* The projections of a set as an expression that also matches the name under which vLLM fuses them. */
-static const char *const fused_patterns[N_FUSED] = {
+static const char *const set_patterns[N_SETS] = {
     [FUSED_QKV] = "self_attn\\.(q|k|v|qkv)_proj$",
     [FUSED_O] = "self_attn\\.o_proj$",
     [FUSED_GATE_UP] = "mlp\\.(gate|up|gate_up)_proj$",
     [FUSED_DOWN] = "mlp\\.down_proj$",
+    [SET_EXPERTS] = "(.*\\.)?experts\\..*_proj$", /* vLLM has a module between */
 };
 
 /* What a set of linears shares in the description: kept in 16 bits, or a scheme. */
@@ -333,13 +356,13 @@ static int add_patterns(char ***list, size_t *n, const struct recipe_plan *plan,
                         const struct linear_plan *like)
 {
     int rc = 0;
-    for (int set = 0; !rc && set < N_FUSED; set++) {
+    for (int set = 0; !rc && set < N_SETS; set++) {
         struct text layers = {0}, pattern = {0};
         size_t matching = 0, others = 0;
         int last_layer = -1;
         for (size_t i = 0; i < plan->n; i++) {
             const struct linear_plan *l = &plan->linears[i];
-            if ((int)gemma_fused_set(l->tensor->role) != set || l->tensor->layer == last_layer)
+            if (set_kind(l->tensor) != set || l->tensor->layer == last_layer)
                 continue;
             last_layer = l->tensor->layer;
             if (described_alike(l, like))
@@ -349,9 +372,9 @@ static int add_patterns(char ***list, size_t *n, const struct recipe_plan *plan,
         }
         if (others)
             text_printf(&pattern, "re:.*layers\\.(%s)\\.%s", layers.data ? layers.data : "",
-                        fused_patterns[set]);
+                        set_patterns[set]);
         else
-            text_printf(&pattern, "re:.*layers\\.[0-9]+\\.%s", fused_patterns[set]);
+            text_printf(&pattern, "re:.*layers\\.[0-9]+\\.%s", set_patterns[set]);
         if (matching)
             rc = text_finish(&pattern);
         if (matching && !rc)
@@ -362,18 +385,22 @@ static int add_patterns(char ***list, size_t *n, const struct recipe_plan *plan,
     return rc;
 }
 
-/* The scheme of most linears is described by the class name "Linear"; others by expressions, which readers try
- * first. */
+static bool begins_set(const struct recipe_plan *plan, size_t i)
+{
+    return i == 0 || !same_set(&plan->linears[i - 1], &plan->linears[i]);
+}
+
+/* The scheme of most sets is described by the class name "Linear"; others by expressions, which readers try first. */
 static const struct linear_plan *most_common(const struct recipe_plan *plan)
 {
     const struct linear_plan *best = NULL;
     size_t best_count = 0;
     for (size_t i = 0; i < plan->n; i++) {
-        if (!plan->linears[i].quantized)
+        if (!plan->linears[i].quantized || !begins_set(plan, i))
             continue;
         size_t count = 0;
         for (size_t k = 0; k < plan->n; k++)
-            count += described_alike(&plan->linears[i], &plan->linears[k]);
+            count += begins_set(plan, k) && described_alike(&plan->linears[i], &plan->linears[k]);
         if (count > best_count) {
             best = &plan->linears[i];
             best_count = count;

@@ -15,7 +15,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum ragged_rule { RAGGED_SMALLER, RAGGED_KEEP, RAGGED_ERROR };
+/* Where groups do not divide a width. AUTO: experts get smaller groups, and so do linears whose width is a multiple of 128;
+ * others stay in 16 bits, because that is what vLLM's kernels for dense linears want (Marlin until June 2026). */
+enum ragged_rule { RAGGED_SMALLER, RAGGED_KEEP, RAGGED_ERROR, RAGGED_AUTO };
 
 /* "GLOB=scheme,group" */
 struct recipe_override {

@@ -376,13 +376,28 @@ static int check_activation(const struct hf_config *cfg)
                          cfg->path, act, expected);
 }
 
+/* A mixture of experts, beside the MLP of every layer. */
+static int read_experts(struct gemma_config *c, struct json t)
+{
+    enum { MAX_EXPERTS = 1024, MAX_TOP = 64 }; /* that the router can choose from, and take */
+    bool has_experts = false;
+    int rc = c->family->varied ? json_opt_bool(t, "enable_moe_block", false, &has_experts) : 0;
+    if (rc < 0 || !has_experts)
+        return rc;
+    rc = json_get_int(t, "num_experts", 1, MAX_EXPERTS, &c->n_experts);
+    if (!rc)
+        rc = json_get_int(t, "top_k_experts", 1, c->n_experts < MAX_TOP ? c->n_experts : MAX_TOP, &c->top_k);
+    return rc ? rc : json_get_int(t, "moe_intermediate_size", 1, max_size, &c->expert_size);
+}
+
 /* Settings that would change the mathematics: a model that sets one of them is not the Gemma that we know. */
-static int refuse_unknown_maths(const struct hf_config *cfg)
+static int refuse_unknown_maths(const struct hf_config *cfg, const struct gemma_family *family)
 {
     static const char *const false_expected[] = {"attention_bias", "use_bidirectional_attention",
-                                                 "enable_moe_block"};
+                                                 "enable_moe_block"}; /* the last: where no family has it */
     const struct json t = cfg->text_config;
-    for (size_t i = 0; i < sizeof false_expected / sizeof *false_expected; i++) {
+    const size_t n = sizeof false_expected / sizeof *false_expected - (family->varied ? 1 : 0);
+    for (size_t i = 0; i < n; i++) {
         const struct json v = json_member(t, false_expected[i]);
         bool set = false;
         /* Gemma 4's images see both ways, its text does not */
@@ -397,7 +412,7 @@ static int refuse_unknown_maths(const struct hf_config *cfg)
         if (rc < 0)
             return rc;
         if (set)
-            return refuse(cfg, false_expected[i], i == 2 ? "true: a mixture of experts" : "true");
+            return refuse(cfg, false_expected[i], "true");
     }
     return check_activation(cfg);
 }
@@ -410,7 +425,7 @@ int gemma_config_read(struct gemma_config *c, const struct hf_config *cfg)
     const struct json t = cfg->text_config;
     int rc = find_family(&c->family, cfg);
     if (!rc)
-        rc = refuse_unknown_maths(cfg);
+        rc = refuse_unknown_maths(cfg, c->family);
     if (!rc)
         rc = read_softcap(cfg, "attn_logit_softcapping", c->family->attention_softcap_is_set,
                           c->family->attention_softcap, &c->attention_softcap);
@@ -419,6 +434,8 @@ int gemma_config_read(struct gemma_config *c, const struct hf_config *cfg)
                           c->family->final_softcap, &c->final_softcap);
     if (!rc)
         rc = read_sizes(c, cfg);
+    if (!rc)
+        rc = read_experts(c, t);
     if (!rc)
         rc = json_opt_double(t, "rms_norm_eps", 1e-6, &c->rms_norm_eps);
     if (rc < 0)

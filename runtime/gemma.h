@@ -41,7 +41,7 @@ struct gemma_family {
     bool two_norms; /* a block has two norms: branches are added to the residual stream as they are */
     bool no_qk_norm;
     /* Gemma 4: scores are not divided, values are normed, layers differ in shape, may share keys and values, have
-     * inputs of their own and a scalar */
+     * inputs of their own, experts and a scalar */
     bool varied;
 };
 
@@ -60,6 +60,8 @@ struct gemma_config {
     int64_t vocab_size, hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads, head_dim;
     int64_t sliding_window, max_positions;
     int64_t ple_size; /* columns of a layer's own input (hidden_size_per_layer_input); 0 = none */
+    int64_t n_experts, top_k, expert_size; /* experts of a block, beside its MLP, of which each token takes top_k, and what
+                                              an expert's is wide; n_experts 0 = none */
     double rms_norm_eps;
     double query_pre_attn_scalar;            /* scores are divided by its root */
     double attention_softcap, final_softcap; /* 0 = none */
@@ -85,6 +87,8 @@ enum gemma_role {
     GEMMA_NORM,
     GEMMA_PER_LAYER, /* a matrix of the layers' own inputs: never quantized */
     GEMMA_SCALAR,
+    GEMMA_ROUTER,       /* never quantized: a token that goes to another expert is computed anew */
+    GEMMA_ROUTER_SCALE, /* a vector of the router, named without ".weight" */
     GEMMA_Q,
     GEMMA_K,
     GEMMA_V,
@@ -99,9 +103,10 @@ enum gemma_fused { FUSED_QKV, FUSED_O, FUSED_GATE_UP, FUSED_DOWN, N_FUSED };
 
 /* One tensor of the language part. */
 struct gemma_tensor {
-    char *name; /* on disk, with prefix and ".weight" (but for scalars) */
+    char *name; /* on disk, with prefix and ".weight" (but for scalars and the router's vectors) */
     enum gemma_role role;
-    int layer; /* -1 outside the blocks */
+    int layer;  /* -1 outside the blocks */
+    int expert; /* whose linear it is; -1 outside the experts */
     int n_dims;
     int64_t shape[2]; /* linears: rows = out_features, cols = in_features */
 };

@@ -17,28 +17,29 @@ struct entry {
     bool absent;        /* not in this model, or this layer */
 };
 
-static int add_tensors(struct gemma_tensors *out, const char *prefix, int layer, const struct entry *entries,
-                       size_t n)
+/* where: what stands before the names */
+static int add_tensors(struct gemma_tensors *out, const char *where, int layer, int expert,
+                       const struct entry *entries, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
         const struct entry *e = &entries[i];
-        const char *end = e->role == GEMMA_SCALAR ? "" : ".weight";
+        const char *end = e->role == GEMMA_SCALAR || e->role == GEMMA_ROUTER_SCALE ? "" : ".weight";
         if (e->absent)
             continue;
-        char *name = layer < 0 ? mem_printf("%s%s%s", prefix, e->name, end)
-                               : mem_printf("%slayers.%d.%s%s", prefix, layer, e->name, end);
+        char *name = mem_printf("%s%s%s", where, e->name, end);
         if (!name)
             return ERR_MEMORY;
         out->list[out->n++] = (struct gemma_tensor){.name = name,
                                                     .role = e->role,
                                                     .layer = layer,
+                                                    .expert = expert,
                                                     .n_dims = e->cols ? 2 : 1,
                                                     .shape = {e->rows, e->cols}};
     }
     return 0;
 }
 
-enum { BLOCK_TENSORS = 17, OUTER_TENSORS = 5 };
+enum { BLOCK_TENSORS = 23, EXPERT_TENSORS = 3, OUTER_TENSORS = 5 };
 
 static int add_block(struct gemma_tensors *out, const struct gemma_config *c, const char *prefix, int layer)
 {
@@ -46,7 +47,8 @@ static int add_block(struct gemma_tensors *out, const struct gemma_config *c, co
     const struct gemma_family *f = c->family;
     const int64_t h = c->hidden_size, ffn = l->intermediate_size, d = l->head_dim, ple = c->ple_size;
     const int64_t q = c->n_heads * d, kv = l->n_kv_heads * d;
-    const bool shared = l->kv_source != layer;
+    const int64_t inner = c->expert_size;
+    const bool shared = l->kv_source != layer, dense = !c->n_experts;
     const struct entry block[BLOCK_TENSORS] = {
         {"input_layernorm", GEMMA_NORM, h, 0, false},
         {"self_attn.q_proj", GEMMA_Q, q, h, false},
@@ -61,12 +63,31 @@ static int add_block(struct gemma_tensors *out, const struct gemma_config *c, co
         {"mlp.up_proj", GEMMA_UP, ffn, h, false},
         {"mlp.down_proj", GEMMA_DOWN, h, ffn, false},
         {"post_feedforward_layernorm", GEMMA_NORM, h, 0, f->two_norms},
+        {"post_feedforward_layernorm_1", GEMMA_NORM, h, 0, dense},
+        {"pre_feedforward_layernorm_2", GEMMA_NORM, h, 0, dense},
+        {"post_feedforward_layernorm_2", GEMMA_NORM, h, 0, dense},
+        {"router.proj", GEMMA_ROUTER, c->n_experts, h, dense},
+        {"router.scale", GEMMA_ROUTER_SCALE, h, 0, dense},
+        {"router.per_expert_scale", GEMMA_ROUTER_SCALE, c->n_experts, 0, dense},
         {"per_layer_input_gate", GEMMA_PER_LAYER, ple, h, !ple},
         {"per_layer_projection", GEMMA_PER_LAYER, h, ple, !ple},
         {"post_per_layer_input_norm", GEMMA_NORM, h, 0, !ple},
         {"layer_scalar", GEMMA_SCALAR, 1, 0, !f->varied},
     };
-    return add_tensors(out, prefix, layer, block, BLOCK_TENSORS);
+    const struct entry expert[EXPERT_TENSORS] = {
+        {"gate_proj", GEMMA_GATE, inner, h, false},
+        {"up_proj", GEMMA_UP, inner, h, false},
+        {"down_proj", GEMMA_DOWN, h, inner, false},
+    };
+    char *where = mem_printf("%slayers.%d.", prefix, layer);
+    int rc = where ? add_tensors(out, where, layer, -1, block, BLOCK_TENSORS) : ERR_MEMORY;
+    free(where);
+    for (int e = 0; !rc && e < (int)c->n_experts; e++) {
+        where = mem_printf("%slayers.%d.experts.%d.", prefix, layer, e);
+        rc = where ? add_tensors(out, where, layer, e, expert, EXPERT_TENSORS) : ERR_MEMORY;
+        free(where);
+    }
+    return rc;
 }
 
 int gemma_tensors(struct gemma_tensors *out, const struct gemma_config *c, const char *prefix)
@@ -80,13 +101,15 @@ int gemma_tensors(struct gemma_tensors *out, const struct gemma_config *c, const
         {"norm", GEMMA_NORM, h, 0, false},
     };
     *out = (struct gemma_tensors){0};
-    out->list = mem_alloc(OUTER_TENSORS + BLOCK_TENSORS * (size_t)c->n_layers, sizeof *out->list,
+    out->list = mem_alloc(OUTER_TENSORS +
+                              (BLOCK_TENSORS + EXPERT_TENSORS * (size_t)c->n_experts) * (size_t)c->n_layers,
+                          sizeof *out->list,
                           "the model's tensor list");
-    int rc = out->list ? add_tensors(out, prefix, -1, outer, OUTER_TENSORS - 1) : ERR_MEMORY;
+    int rc = out->list ? add_tensors(out, prefix, -1, -1, outer, OUTER_TENSORS - 1) : ERR_MEMORY;
     for (int layer = 0; !rc && layer < (int)c->n_layers; layer++)
         rc = add_block(out, c, prefix, layer);
     if (!rc)
-        rc = add_tensors(out, prefix, -1, outer + OUTER_TENSORS - 1, 1);
+        rc = add_tensors(out, prefix, -1, -1, outer + OUTER_TENSORS - 1, 1);
     if (rc < 0)
         gemma_tensors_free(out);
     return rc;

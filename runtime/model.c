@@ -47,6 +47,8 @@ static int open_folder(struct model *m, const char *name, bool quantized_allowed
     if (!rc)
         rc = gemma_prefix(&m->prefix, &m->gemma, &m->checkpoint);
     if (!rc)
+        rc = unfuse_experts(&m->fused, &m->checkpoint, &m->gemma, m->prefix);
+    if (!rc)
         rc = gemma_tensors(&m->tensors, &m->gemma, m->prefix);
     if (rc < 0)
         model_close(m);
@@ -69,6 +71,7 @@ void model_close(struct model *m)
     quant_config_free(&m->quant);
     gemma_tensors_free(&m->tensors);
     checkpoint_close(&m->checkpoint);
+    fused_tensors_free(&m->fused);
     gemma_config_free(&m->gemma);
     hf_config_close(&m->config);
     free(m->folder);
@@ -270,7 +273,7 @@ size_t model_n_dequantized(const struct model *m)
     return n;
 }
 
-int model_live_tensors(const struct model *m, struct checkpoint *out)
+int model_live_tensors(const struct model *m, const bool *apart, struct checkpoint *out)
 {
     const struct checkpoint *all = &m->checkpoint;
     *out = *all;
@@ -279,5 +282,8 @@ int model_live_tensors(const struct model *m, struct checkpoint *out)
     for (size_t i = 0; out->tensors && i < all->n_tensors; i++)
         if (!gemma_is_dead(&m->gemma, m->prefix, all->tensors[i].name))
             out->tensors[out->n_tensors++] = all->tensors[i];
-    return out->tensors ? 0 : ERR_MEMORY;
+    if (!out->tensors)
+        return ERR_MEMORY;
+    out->n_tensors = fused_restore(&m->fused, out->tensors, out->n_tensors, apart);
+    return 0;
 }

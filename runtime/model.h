@@ -7,6 +7,7 @@
 #include "formats/quant_config.h"
 #include "kernels/backend.h"
 #include "runtime/gemma.h"
+#include "runtime/unfuse.h"
 
 /* One linear of a decoder block, as it lies in the checkpoint. */
 struct model_linear {
@@ -26,7 +27,8 @@ struct model {
     char *folder;
     struct hf_config config;
     struct gemma_config gemma;
-    struct checkpoint checkpoint;
+    struct checkpoint checkpoint; /* experts one by one */
+    struct fused_tensors fused;   /* as they lie together */
     const char *prefix;
     struct gemma_tensors tensors;
     bool quantized;
@@ -53,9 +55,9 @@ int model_bind(struct model *m, model_problem on_problem, void *ctx);
 /* Whether a quantized linear has all that it needs, after model_bind with problems. */
 bool model_is_bound(const struct model_linear *l);
 
-/* A view of the checkpoint without the tensors that nothing reads (gemma_is_dead): what a cut is made from. Its list is the
- * caller's to free; the rest is the model's. */
-int model_live_tensors(const struct model *m, struct checkpoint *out);
+/* A view of the checkpoint without the tensors that nothing reads (gemma_is_dead), and with experts one by one in layers with
+ * apart[layer] alone: what a cut is made from. Its list is the caller's to free; the rest is the model's. */
+int model_live_tensors(const struct model *m, const bool *apart, struct checkpoint *out);
 
 /* Quantized linears that are not direct. */
 size_t model_n_dequantized(const struct model *m);

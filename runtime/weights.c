@@ -295,6 +295,21 @@ static int load_packed(struct loader *l, const struct model_linear *from, const 
     return rc ? rc : load_steps(l, from, q);
 }
 
+/* Rows [row, row + n) of a linear. */
+static struct linear linear_rows(const struct linear *l, int64_t row, int64_t n)
+{
+    struct linear part = *l;
+    if (!l->quantized) {
+        part.weight = mat_rows(&l->weight, row, n);
+        return part;
+    }
+    part.packed.packed = mat_rows(&l->packed.packed, row, n);
+    part.packed.scales = mat_rows(&l->packed.scales, row, n);
+    if (l->packed.zeros.data)
+        part.packed.zeros = mat_rows(&l->packed.zeros, row, n);
+    return part;
+}
+
 static int load_packed_rows(struct loader *l, const struct model_linear *const *members, int n,
                             struct linear *whole, struct linear *parts)
 {
@@ -311,14 +326,8 @@ static int load_packed_rows(struct loader *l, const struct model_linear *const *
         return rc;
     *whole = (struct linear){true, .packed = packed_qmat(first, 0, rows, packed, scales, zeros)};
     for (int64_t i = 0, row = 0; !rc && i < n; row += members[i++]->spec->shape[0]) {
-        const int64_t part = members[i]->spec->shape[0];
-        struct qmat q = whole->packed;
-        q.packed = mat_rows(&q.packed, row, part);
-        q.scales = mat_rows(&q.scales, row, part);
-        if (zeros)
-            q.zeros = mat_rows(&q.zeros, row, part);
-        parts[i] = (struct linear){true, .packed = q};
-        rc = load_packed(l, members[i], &q);
+        parts[i] = linear_rows(whole, row, members[i]->spec->shape[0]);
+        rc = load_packed(l, members[i], &parts[i].packed);
     }
     return rc;
 }
@@ -346,7 +355,50 @@ static int load_set(struct loader *l, const struct model_linear *const *members,
     return rc;
 }
 
-/* The linears come in model order: q, k, v, o, gate, up, down of each block. */
+/* Linears of all experts of a block in one matrix: of each expert its n ones, places[…] of a set. */
+static int load_expert_sets(struct loader *l, const struct model_linear *const *members, int n,
+                            struct expert *experts, bool down)
+{
+    const int n_experts = (int)l->w->config.n_experts, all = n_experts * n;
+    struct linear *parts = mem_alloc((size_t)all, sizeof *parts, "the experts"), whole;
+    int rc = parts ? 0 : ERR_MEMORY;
+    for (int i = 1; !rc && i < all; i++)
+        if (!same_form(members[0], members[i]))
+            rc = err_set(ERR_UNSUPPORTED, "%s: '%s' and '%s' are stored in different ways, which is not supported for experts",
+                         l->m->folder, members[0]->spec->name, members[i]->spec->name);
+    if (!rc)
+        rc = load_rows(l, members, all, &whole, parts);
+    for (int e = 0; !rc && e < n_experts; e++) {
+        struct linear_set *set = down ? &experts[e].down : &experts[e].gate_up;
+        const int64_t rows = count_rows(members + e * n, n), row = count_rows(members, e * n);
+        *set = (struct linear_set){.n = n, .fused = true, .whole = linear_rows(&whole, row, rows)};
+        memcpy(set->parts, parts + e * n, (size_t)n * sizeof *parts);
+    }
+    free(parts);
+    return rc;
+}
+
+/* first: of a block's experts' linears, which come expert by expert: gate, up, down */
+static int load_experts(struct loader *l, const struct model_linear *first, struct expert *experts)
+{
+    const size_t n = (size_t)l->w->config.n_experts;
+    const struct model_linear **gate_up = mem_alloc(3 * n, sizeof *gate_up, "the experts");
+    const struct model_linear **down = gate_up + 2 * n;
+    int rc = gate_up ? 0 : ERR_MEMORY;
+    for (size_t e = 0; !rc && e < n; e++) {
+        gate_up[2 * e] = &first[3 * e];
+        gate_up[2 * e + 1] = &first[3 * e + 1];
+        down[e] = &first[3 * e + 2];
+    }
+    if (!rc)
+        rc = load_expert_sets(l, gate_up, 2, experts, false);
+    if (!rc)
+        rc = load_expert_sets(l, down, 1, experts, true);
+    free(gate_up);
+    return rc;
+}
+
+/* The linears come in model order: q, k, v, o, gate, up, down of each block, then those of its experts. */
 static int load_linears(struct loader *l)
 {
     const struct model *m = l->m;
@@ -354,6 +406,12 @@ static int load_linears(struct loader *l)
     for (size_t i = 0, end; !rc && i < m->n_linears; i = end) {
         const struct model_linear *members[3] = {NULL};
         const struct gemma_tensor *spec = m->linears[i].spec;
+        if (spec->expert >= 0) {
+            if (spec->layer == l->part)
+                rc = load_experts(l, &m->linears[i], l->w->blocks[spec->layer].experts);
+            end = i + 3 * (size_t)m->gemma.n_experts;
+            continue;
+        }
         struct block *block = &l->w->blocks[spec->layer];
         struct linear_set *const places[N_FUSED] = {[FUSED_QKV] = &block->qkv,
                                                     [FUSED_O] = &block->o,
@@ -362,7 +420,7 @@ static int load_linears(struct loader *l)
         const enum gemma_fused set = gemma_fused_set(spec->role);
         int n = 0;
         for (end = i; end < m->n_linears && n < 3 && m->linears[end].spec->layer == spec->layer &&
-                      gemma_fused_set(m->linears[end].spec->role) == set;
+                      m->linears[end].spec->expert < 0 && gemma_fused_set(m->linears[end].spec->role) == set;
              end++)
             members[n++] = &m->linears[end];
         if (spec->layer == l->part)
@@ -429,6 +487,12 @@ static int load_plain(struct loader *l, const struct gemma_tensor *spec)
         {".per_layer_input_gate.weight", &b->ple_gate},
         {".per_layer_projection.weight", &b->ple_projection},
         {".post_per_layer_input_norm.weight", &b->ple_norm},
+        {".router.proj.weight", &b->router},
+        {".router.scale", &b->router_scale},
+        {".router.per_expert_scale", &b->expert_scales},
+        {".pre_feedforward_layernorm_2.weight", &b->pre_experts_norm},
+        {".post_feedforward_layernorm_2.weight", &b->post_experts_norm},
+        {".post_feedforward_layernorm_1.weight", &b->post_dense_norm},
     };
     return load_into(l, t, inner, sizeof inner / sizeof *inner);
 }
@@ -465,15 +529,20 @@ static void describe_block(struct weights *w, int64_t i)
                                   .kv_source = (int)l->kv_source,
                                   .k_is_v = l->k_is_v,
                                   .values_normed = c->family->varied,
-                                  .scalar = 1};
+                                  .scalar = 1,
+                                  .n_experts = (int)c->n_experts,
+                                  .top_k = (int)c->top_k,
+                                  .expert_inner = c->expert_size,
+                                  .experts = w->experts + i * c->n_experts};
 }
 
 int weights_open(struct weights *w, const struct model *m, const struct backend *b)
 {
     *w = (struct weights){.backend = b, .config = m->gemma};
     w->blocks = mem_alloc((size_t)m->gemma.n_layers, sizeof *w->blocks, "the blocks");
+    w->experts = mem_alloc((size_t)(m->gemma.n_layers * m->gemma.n_experts), sizeof *w->experts, "the experts");
     w->loader = mem_alloc(1, sizeof *w->loader, "the loader");
-    int rc = w->blocks && w->loader ? make_inv_freq(w) : ERR_MEMORY;
+    int rc = w->blocks && w->experts && w->loader ? make_inv_freq(w) : ERR_MEMORY;
     if (rc < 0) {
         weights_free(w);
         return rc;
@@ -569,6 +638,7 @@ void weights_free(struct weights *w)
     close_loader(w->loader);
     free(w->bufs);
     free(w->blocks);
+    free(w->experts);
     for (int kind = 0; kind < GEMMA_KINDS; kind++)
         free(w->inv_freq[kind]);
     *w = (struct weights){0};

@@ -22,6 +22,11 @@ struct linear_set {
     struct linear whole; /* when fused */
 };
 
+/* One of a mixture of experts: an MLP. */
+struct expert {
+    struct linear_set gate_up, down;
+};
+
 /* One decoder block: what it computes with, and how. Settings are per layer, because families differ in them from
  * layer to layer. Matrices with data NULL: this block has none. */
 struct block {
@@ -38,6 +43,13 @@ struct block {
     struct mat input_norm, q_norm, k_norm, post_attention_norm, pre_mlp_norm, post_mlp_norm; /* [1, n] */
     struct mat ple_gate, ple_projection,
         ple_norm; /* of the layer's own input: [ple, hidden], [hidden, ple], [1, hidden] */
+    /* Experts beside the MLP; each token takes top_k of them. */
+    int n_experts, top_k;
+    int64_t expert_inner;
+    struct expert *experts; /* [n_experts] */
+    struct mat router, router_scale,
+        expert_scales; /* [experts, hidden], [1, hidden] of its inputs, [1, experts] of the experts' results */
+    struct mat pre_experts_norm, post_experts_norm, post_dense_norm; /* [1, hidden]; the last: of the MLP beside them */
 };
 
 /* Where layers have inputs of their own; of layer i are columns [i·ple, …) of the table and such rows of the projection.
@@ -55,6 +67,7 @@ struct weights {
     struct mat final_norm;
     struct per_layer_weights per_layer; /* data NULL: none */
     struct block *blocks;               /* [n_layers] */
+    struct expert *experts;             /* [n_layers·n_experts], the blocks' */
     float *inv_freq[GEMMA_KINDS];       /* [rope_dim / 2] of global and of sliding layers, on the host */
     struct weight_buf *bufs;            /* what was acquired */
     size_t n_bufs, capacity;
