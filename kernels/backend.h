@@ -119,6 +119,9 @@ struct buf {
     size_t bytes;
 };
 
+/* What route takes, at most: experts of a layer, and how many of them a token is sent to. */
+enum { MAX_EXPERTS = 1024, MAX_CHOSEN = 64 };
+
 /* How RMSNorm is meant: x / sqrt(mean(x²) + eps) · (unit_offset ? 1 + w : w). */
 struct norm_spec {
     float eps;
@@ -258,6 +261,20 @@ struct core_ops {
     /* out = x / rms(y), row by row, y's columns being others than x's; where y is 0, 0. All act. */
     int (*over_norm)(const struct backend *b, const struct mat *x, const struct mat *y,
                      const struct mat *out);
+    /* Mixtures of experts. Of each row of logits F32 [tokens, n_experts] the k greatest, of equals the first: experts I32
+     * [tokens, k] in ascending order, weights F32 [tokens, k] = softmax over the chosen ones alone, times
+     * factors[expert] ([1, n_experts]: BF16, F16 or F32; NULL: 1). A row with a NaN gets experts 0 … k − 1 and weights
+     * of NaN; so does, in its weights, one whose greatest logit is infinite. */
+    int (*route)(const struct backend *b, const struct mat *logits, const struct mat *factors,
+                 const struct mat *experts, const struct mat *weights);
+    /* out[i] = x[rows[i]]·factors[i]. x, out: F32 or act; rows: I32 [1, n] on the device, in range, NULL: i; factors:
+     * F32 [1, n] on the device, NULL: 1. out may be x where rows is NULL. */
+    int (*gather_rows)(const struct backend *b, const struct mat *x, const struct mat *rows,
+                       const struct mat *factors, const struct mat *out);
+    /* out[t] = Σ_j weights[t, j]·y[slots[t, j]], j ascending, in FP32. y, out: act, not the same; slots: I32 [tokens, k],
+     * rows of y; weights: F32 [tokens, k]. k > 0 */
+    int (*combine_rows)(const struct backend *b, const struct mat *y, const struct mat *slots,
+                        const struct mat *weights, const struct mat *out);
     /* x = cap·tanh(x / cap) in place, F32 */
     int (*softcap)(const struct backend *b, const struct mat *x, float cap);
     /* out = (add ? out : 0) + factor·x. x, out: F32 or act; out may be x. */

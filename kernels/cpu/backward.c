@@ -1,6 +1,6 @@
 /* Gradients of the forward pass's operations, but for attention's: products, norms, rotary positions, the gated
  * activation, the loss of a block. */
-#include "kernels/cpu/cpu.h"
+#include "kernels/cpu/runs.h"
 
 #include "base/err.h"
 #include "kernels/cpu/blas.h"
@@ -8,16 +8,10 @@
 #include <math.h>
 
 enum {
-    RUN = 32,     /* rows of an element-wise task */
     TILE = 256,   /* rows of a product's result in a task, … */
     PANEL = 512,  /* … columns of it, … */
     DEPTH = 2048, /* … and terms of its sums at a time */
 };
-
-CPU_INLINE float *row_of(const struct mat *m, int64_t row)
-{
-    return (float *)m->data + row * m->stride;
-}
 
 static int64_t at_most(int64_t a, int64_t limit)
 {

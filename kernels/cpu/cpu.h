@@ -56,6 +56,12 @@ int cpu_split_qkv(const struct backend *b, const struct qkv_spec *spec, const st
                   const struct mat *q, const struct mat *keys, const struct mat *values);
 int cpu_geglu(const struct backend *b, const struct mat *gate, const struct mat *up, const struct mat *out);
 int cpu_over_norm(const struct backend *b, const struct mat *x, const struct mat *y, const struct mat *out);
+int cpu_route(const struct backend *b, const struct mat *logits, const struct mat *factors,
+              const struct mat *experts, const struct mat *weights);
+int cpu_gather_rows(const struct backend *b, const struct mat *x, const struct mat *rows,
+                    const struct mat *factors, const struct mat *out);
+int cpu_combine_rows(const struct backend *b, const struct mat *y, const struct mat *slots,
+                     const struct mat *weights, const struct mat *out);
 int cpu_softcap(const struct backend *b, const struct mat *x, float cap);
 int cpu_scale(const struct backend *b, float factor, const struct mat *x, bool add, const struct mat *out);
 int cpu_gemm(const struct backend *b, const struct mat *x, const struct mat *w, const struct mat *out);

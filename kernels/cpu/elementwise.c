@@ -1,28 +1,10 @@
 /* Operations that touch each element once: embedding, norms, rotary positions, the gated activation. Rows are
  * shared among the threads in runs of fixed length. */
-#include "kernels/cpu/cpu.h"
+#include "kernels/cpu/runs.h"
 
 #include "base/err.h"
 
 #include <math.h>
-
-enum { RUN = 32 }; /* rows a task takes */
-
-static size_t n_runs(int64_t rows)
-{
-    return (size_t)((rows + RUN - 1) / RUN);
-}
-
-CPU_INLINE float *row_of(const struct mat *m, int64_t row)
-{
-    return (float *)m->data + row * m->stride;
-}
-
-CPU_INLINE int64_t run_end(size_t run, int64_t rows)
-{
-    const int64_t end = ((int64_t)run + 1) * RUN;
-    return end < rows ? end : rows;
-}
 
 static void check_f32(const struct mat *m)
 {

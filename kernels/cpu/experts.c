@@ -1,0 +1,172 @@
+/* Mixtures of experts: which experts a token goes to and how much each counts, rows of tokens side by side for an
+ * expert's products, and the experts' results added up again. */
+#include "kernels/cpu/runs.h"
+
+#include "base/err.h"
+
+#include <math.h>
+
+/* --- routing ---------------------------------------------------------------------------------------------------- */
+
+struct route_job {
+    const struct mat *logits, *factors, *experts, *weights;
+};
+
+static bool has_nan(const float *x, int64_t n)
+{
+    int found = 0;
+    for (int64_t i = 0; i < n; i++)
+        found |= x[i] != x[i];
+    return found;
+}
+
+/* The k greatest of x, from the greatest down, of equals the first first. */
+static void find_greatest(const float *x, int64_t n, int k, int32_t *best)
+{
+    int held = 0;
+    for (int32_t i = 0; i < n; i++) {
+        if (held == k && !(x[i] > x[best[k - 1]]))
+            continue;
+        int at = held < k ? held++ : k - 1;
+        for (; at > 0 && x[i] > x[best[at - 1]]; at--)
+            best[at] = best[at - 1];
+        best[at] = i;
+    }
+}
+
+static void sort_ascending(int32_t *v, int n)
+{
+    for (int i = 1; i < n; i++) {
+        const int32_t moved = v[i];
+        int at = i;
+        for (; at > 0 && v[at - 1] > moved; at--)
+            v[at] = v[at - 1];
+        v[at] = moved;
+    }
+}
+
+static void route_row(const struct route_job *j, int64_t row)
+{
+    const int k = (int)j->experts->cols;
+    const float *x = row_of(j->logits, row);
+    int32_t *experts = (int32_t *)j->experts->data + row * j->experts->stride;
+    float *weights = row_of(j->weights, row), sum = 0;
+    if (has_nan(x, j->logits->cols)) {
+        for (int i = 0; i < k; i++) {
+            experts[i] = i;
+            weights[i] = NAN;
+        }
+        return;
+    }
+    find_greatest(x, j->logits->cols, k, experts);
+    const float highest = x[experts[0]]; /* infinite: ∞ − ∞ makes every weight NaN */
+    sort_ascending(experts, k);
+    for (int i = 0; i < k; i++) {
+        weights[i] = expf(x[experts[i]] - highest);
+        sum += weights[i];
+    }
+    for (int i = 0; i < k; i++) {
+        float factor[LANES] = {1};
+        if (j->factors)
+            load_row(j->factors, 0, experts[i], 1, factor);
+        weights[i] = weights[i] / sum * factor[0];
+    }
+}
+
+static int route_task(void *ctx, size_t run, int worker)
+{
+    (void)worker;
+    const struct route_job *j = ctx;
+    for (int64_t r = (int64_t)run * RUN; r < run_end(run, j->logits->rows); r++)
+        route_row(j, r);
+    return 0;
+}
+
+int cpu_route(const struct backend *b, const struct mat *logits, const struct mat *factors,
+              const struct mat *experts, const struct mat *weights)
+{
+    CHECK(logits->dtype == DTYPE_F32 && experts->dtype == DTYPE_I32 && weights->dtype == DTYPE_F32);
+    CHECK(experts->rows == logits->rows && weights->rows == logits->rows && weights->cols == experts->cols);
+    CHECK(experts->cols > 0 && experts->cols <= logits->cols && (!factors || factors->cols == logits->cols));
+    if (logits->cols > MAX_EXPERTS || experts->cols > MAX_CHOSEN)
+        return err_set(ERR_UNSUPPORTED, "route: %lld of %lld experts, expected at most %d of %d",
+                       (long long)experts->cols, (long long)logits->cols, MAX_CHOSEN, MAX_EXPERTS);
+    const int rc = factors ? cpu_check_float(factors, "route") : 0;
+    struct route_job j = {logits, factors, experts, weights};
+    return rc < 0 ? rc : parallel_for(cpu_state(b)->pool, n_runs(logits->rows), route_task, &j);
+}
+
+/* --- rows there and back ------------------------------------------------------------------------------------------ */
+
+/* out = factor·x, or out += factor·x */
+CPU_CLONES static void scale_row(const float *x, float factor, bool add, float *out, int64_t n)
+{
+    if (add)
+        for (int64_t i = 0; i < n; i++)
+            out[i] += factor * x[i];
+    else
+        for (int64_t i = 0; i < n; i++)
+            out[i] = factor * x[i];
+}
+
+struct gather_job {
+    const struct mat *x, *out;
+    const int32_t *rows;  /* [out->rows] or NULL */
+    const float *factors; /* [out->rows] or NULL */
+};
+
+static int gather_task(void *ctx, size_t run, int worker)
+{
+    (void)worker;
+    const struct gather_job *j = ctx;
+    for (int64_t r = (int64_t)run * RUN; r < run_end(run, j->out->rows); r++) {
+        const int64_t from = j->rows ? j->rows[r] : r;
+        CHECK(from >= 0 && from < j->x->rows);
+        const float *x = row_of(j->x, from);
+        float *out = row_of(j->out, r);
+        if (j->factors)
+            scale_row(x, j->factors[r], false, out, j->out->cols);
+        else if (x != out)
+            memcpy(out, x, (size_t)j->out->cols * sizeof *out);
+    }
+    return 0;
+}
+
+int cpu_gather_rows(const struct backend *b, const struct mat *x, const struct mat *rows,
+                    const struct mat *factors, const struct mat *out)
+{
+    CHECK(x->dtype == DTYPE_F32 && out->dtype == DTYPE_F32 && x->cols == out->cols);
+    CHECK(rows ? rows->dtype == DTYPE_I32 && rows->cols == out->rows : x->rows == out->rows);
+    CHECK(!factors || (factors->dtype == DTYPE_F32 && factors->cols == out->rows));
+    struct gather_job j = {x, out, rows ? rows->data : NULL, factors ? factors->data : NULL};
+    return parallel_for(cpu_state(b)->pool, n_runs(out->rows), gather_task, &j);
+}
+
+struct combine_job {
+    const struct mat *y, *slots, *weights, *out;
+};
+
+static int combine_task(void *ctx, size_t run, int worker)
+{
+    (void)worker;
+    const struct combine_job *j = ctx;
+    for (int64_t r = (int64_t)run * RUN; r < run_end(run, j->out->rows); r++) {
+        const int32_t *slots = (const int32_t *)j->slots->data + r * j->slots->stride;
+        const float *weights = row_of(j->weights, r);
+        for (int64_t k = 0; k < j->slots->cols; k++) {
+            CHECK(slots[k] >= 0 && slots[k] < j->y->rows);
+            scale_row(row_of(j->y, slots[k]), weights[k], k > 0, row_of(j->out, r), j->out->cols);
+        }
+    }
+    return 0;
+}
+
+int cpu_combine_rows(const struct backend *b, const struct mat *y, const struct mat *slots,
+                     const struct mat *weights, const struct mat *out)
+{
+    CHECK(y->dtype == DTYPE_F32 && out->dtype == DTYPE_F32 && y->cols == out->cols);
+    CHECK(slots->dtype == DTYPE_I32 && weights->dtype == DTYPE_F32 && slots->cols > 0);
+    CHECK(slots->rows == out->rows && weights->rows == out->rows && weights->cols == slots->cols);
+    struct combine_job j = {y, slots, weights, out};
+    return parallel_for(cpu_state(b)->pool, n_runs(out->rows), combine_task, &j);
+}
