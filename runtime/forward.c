@@ -4,6 +4,7 @@
 #include "base/mem.h"
 #include "kernels/arena.h"
 #include "runtime/block.h"
+#include "runtime/experts.h"
 
 #include <inttypes.h>
 #include <math.h>
@@ -18,6 +19,7 @@ struct forward {
     struct mat x; /* [tokens, hidden], the residual stream */
     struct mat normed, branch, qkv, q, attention,
         gate_up;                  /* [tokens, …], as wide as the widest layer needs */
+    struct experts_room experts;
     struct block_input input;     /* data NULL where layers have no inputs of their own */
     struct mat rope[GEMMA_KINDS]; /* [max_rows, head_dim] of global and sliding layers */
     struct mat *keys, *values;    /* [n_layers] of [sequences·max_positions, kv] */
@@ -43,6 +45,7 @@ static uint64_t plan(const struct gemma_config *c, enum dtype act, const struct 
     p->q = arena_take(base, &at, act, tokens, widest.q);
     p->attention = arena_take(base, &at, act, tokens, widest.q);
     p->gate_up = arena_take(base, &at, act, tokens, 2 * widest.inner);
+    experts_lay_out(&p->experts, base, &at, c, act, tokens, tokens * c->top_k);
     if (c->ple_size) {
         p->input.x0 = arena_take(base, &at, act, tokens, c->hidden_size);
         p->input.sum = arena_take(base, &at, DTYPE_F32, tokens, c->ple_size);
@@ -90,11 +93,14 @@ int forward_open(struct forward **out, const struct weights *w, const struct for
     if (!rc)
         rc = w->backend->core->acquire(w->backend, (size_t)forward_bytes(&w->config, w->backend, size),
                                        "activations and KV cache", &f->memory);
+    if (!rc) {
+        plan(&w->config, w->backend->activation, size, f);
+        rc = experts_open(&f->experts, &w->config);
+    }
     if (rc < 0) {
         forward_close(f);
         return rc;
     }
-    plan(&w->config, w->backend->activation, size, f);
     *out = f;
     return 0;
 }
@@ -105,6 +111,7 @@ void forward_close(struct forward *f)
         return;
     if (f->memory.ptr)
         f->w->backend->core->release(f->w->backend, &f->memory);
+    experts_close(&f->experts);
     free(f->keys);
     free(f->values);
     free(f);
@@ -170,6 +177,8 @@ static int mlp_branch(struct forward *f, int layer, int64_t n, const int32_t *id
     int rc = block_mlp(f->w, layer, &normed, &gate_up, &inner);
     if (!rc)
         rc = linear_set_forward(f->w->backend, &k->down, &inner, &branch);
+    if (!rc && k->n_experts)
+        rc = experts_add(f->w, layer, &f->experts, &x, &branch);
     if (!rc && f->w->config.ple_size)
         rc = block_make_input(f->w, layer, &input);
     return rc ? rc : block_end(f->w, layer, &input, &branch, &x, next, &normed);

@@ -118,14 +118,14 @@ int unfuse_experts(struct fused_tensors *out, struct checkpoint *ck, const struc
         return ERR_MEMORY;
     }
     for (size_t i = 0; i < ck->n_tensors; i++) { /* each name gets one owner, whatever fails */
-        struct fused_tensor *f = &out->list[n_fused];
-        const struct kind *kind = find_kind(c, prefix, ck->tensors[i].name, &f->layer);
+        int layer;
+        const struct kind *kind = find_kind(c, prefix, ck->tensors[i].name, &layer);
         if (!kind) {
             list[n++] = ck->tensors[i];
             continue;
         }
-        f->whole = ck->tensors[i];
-        n_fused++;
+        struct fused_tensor *f = &out->list[n_fused++];
+        *f = (struct fused_tensor){ck->tensors[i], layer};
         if (!rc)
             rc = add_parts(list, &n, &f->whole, kind);
     }

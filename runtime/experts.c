@@ -1,0 +1,169 @@
+#include "runtime/experts.h"
+
+#include "base/err.h"
+#include "base/mem.h"
+#include "kernels/arena.h"
+#include "runtime/block.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+void experts_lay_out(struct experts_room *r, void *base, uint64_t *at, const struct gemma_config *c,
+                     enum dtype act, int64_t tokens, int64_t rows)
+{
+    const int64_t h = c->hidden_size;
+    if (!c->n_experts)
+        return;
+    r->max_tokens = tokens;
+    r->max_rows = rows;
+    r->normed = arena_take(base, at, act, tokens, h);
+    r->logits = arena_take(base, at, DTYPE_F32, tokens, c->n_experts);
+    r->sum = arena_take(base, at, DTYPE_F32, tokens, h);
+    r->chosen = arena_take(base, at, DTYPE_I32, tokens, c->top_k);
+    r->weights = arena_take(base, at, DTYPE_F32, tokens, c->top_k);
+    r->order = arena_take(base, at, DTYPE_I32, 1, rows);
+    r->slots = arena_take(base, at, DTYPE_I32, tokens, c->top_k);
+    r->gathered = arena_take(base, at, act, rows, h);
+    r->gate_up = arena_take(base, at, act, rows, 2 * c->expert_size);
+}
+
+int experts_open(struct experts_room *r, const struct gemma_config *c)
+{
+    if (!c->n_experts)
+        return 0;
+    r->host = mem_alloc((size_t)(2 * r->max_tokens * c->top_k + r->max_rows), sizeof *r->host, "tokens' experts");
+    r->starts = mem_alloc((size_t)c->n_experts + 1, sizeof *r->starts, "tokens' experts");
+    return r->host && r->starts ? 0 : ERR_MEMORY;
+}
+
+void experts_close(struct experts_room *r)
+{
+    free(r->host);
+    free(r->starts);
+    r->host = NULL;
+    r->starts = NULL;
+}
+
+int experts_route(const struct weights *w, int layer, const struct experts_room *r, const struct mat *x,
+                  const struct mat *chosen, const struct mat *weights)
+{
+    const struct backend *b = w->backend;
+    const struct block *k = &w->blocks[layer];
+    const struct norm_spec spec = block_norm(&w->config);
+    const struct mat normed = mat_rows(&r->normed, 0, x->rows), logits = mat_rows(&r->logits, 0, x->rows);
+    int rc = b->core->rms_norm(b, x, &k->router_scale, &spec, &normed);
+    if (!rc)
+        rc = b->core->gemm(b, &normed, &k->router, &logits);
+    if (!rc) /* the router's inputs are divided by √hidden too */
+        rc = b->core->scale(b, 1 / sqrtf((float)w->config.hidden_size), &logits, false, &logits);
+    return rc ? rc : b->core->route(b, &logits, &k->expert_scales, chosen, weights);
+}
+
+int experts_assign(const struct weights *w, int layer, struct experts_room *r, const int32_t *chosen,
+                   int64_t tokens, const struct extra_row *extra, int64_t n_extra)
+{
+    const struct backend *b = w->backend;
+    const struct block *k = &w->blocks[layer];
+    const int64_t n = tokens * k->top_k;
+    int32_t *order = r->host + r->max_tokens * k->top_k, *slots = order + r->max_rows;
+    int64_t *next = r->starts; /* shifted by one place, so that placing rows leaves the beginnings */
+    CHECK(tokens <= r->max_tokens && n + n_extra <= r->max_rows);
+    memset(next, 0, ((size_t)k->n_experts + 1) * sizeof *next);
+    for (int64_t i = 0; i < n + n_extra; i++) {
+        const int32_t e = i < n ? chosen[i] : extra[i - n].expert;
+        if (e + 2 <= k->n_experts)
+            next[e + 2]++;
+    }
+    for (int e = 2; e <= k->n_experts; e++)
+        next[e] += next[e - 1];
+    for (int64_t i = 0; i < n + n_extra; i++) {
+        const int64_t row = next[(i < n ? chosen[i] : extra[i - n].expert) + 1]++;
+        order[row] = i < n ? (int32_t)(i / k->top_k) : extra[i - n].token;
+        if (i < n)
+            slots[i] = (int32_t)row;
+    }
+    const int rc = b->core->upload(b, r->order.data, order, (size_t)(n + n_extra) * sizeof *order);
+    return rc ? rc : b->core->upload(b, r->slots.data, slots, (size_t)n * sizeof *slots);
+}
+
+int experts_gather(const struct weights *w, int layer, const struct experts_room *r, const struct mat *x)
+{
+    const struct backend *b = w->backend;
+    const struct block *k = &w->blocks[layer];
+    const struct norm_spec spec = block_norm(&w->config);
+    const int64_t n = r->starts[k->n_experts];
+    const struct mat normed = mat_rows(&r->normed, 0, x->rows), order = mat_cols(&r->order, 0, n),
+                     gathered = mat_rows(&r->gathered, 0, n);
+    const int rc = b->core->rms_norm(b, x, &k->pre_experts_norm, &spec, &normed);
+    return rc ? rc : b->core->gather_rows(b, &normed, &order, NULL, &gathered);
+}
+
+static struct mat rows_of(const struct experts_room *r, const struct mat *m, int expert)
+{
+    return mat_rows(m, r->starts[expert], r->starts[expert + 1] - r->starts[expert]);
+}
+
+struct mat experts_inner_rows(const struct weights *w, int layer, const struct experts_room *r, int expert)
+{
+    const struct mat rows = rows_of(r, &r->gate_up, expert);
+    return mat_cols(&rows, 0, w->blocks[layer].expert_inner);
+}
+
+int experts_inner(const struct weights *w, int layer, const struct experts_room *r)
+{
+    const struct backend *b = w->backend;
+    const struct block *k = &w->blocks[layer];
+    const struct mat all = mat_rows(&r->gate_up, 0, r->starts[k->n_experts]),
+                     gate = mat_cols(&all, 0, k->expert_inner),
+                     up = mat_cols(&all, k->expert_inner, k->expert_inner);
+    int rc = 0;
+    for (int e = 0; !rc && e < k->n_experts; e++) {
+        const struct mat in = rows_of(r, &r->gathered, e), out = rows_of(r, &r->gate_up, e);
+        if (in.rows)
+            rc = linear_set_forward(b, &k->experts[e].gate_up, &in, &out);
+    }
+    return rc ? rc : b->core->geglu(b, &gate, &up, &gate);
+}
+
+int experts_join(const struct weights *w, int layer, const struct experts_room *r, const struct mat *weights,
+                 const struct mat *branch)
+{
+    const struct backend *b = w->backend;
+    const struct block *k = &w->blocks[layer];
+    const struct norm_spec spec = block_norm(&w->config);
+    const int64_t tokens = branch->rows;
+    const struct mat slots = mat_rows(&r->slots, 0, tokens), sum = mat_rows(&r->sum, 0, tokens),
+                     mixed = mat_rows(&r->normed, 0, tokens);
+    int rc = 0;
+    for (int e = 0; !rc && e < k->n_experts; e++) {
+        const struct mat in = experts_inner_rows(w, layer, r, e), out = rows_of(r, &r->gathered, e);
+        if (in.rows)
+            rc = linear_set_forward(b, &k->experts[e].down, &in, &out);
+    }
+    if (!rc)
+        rc = b->core->combine_rows(b, &r->gathered, &slots, weights, &mixed);
+    if (!rc)
+        rc = b->core->rms_norm(b, branch, &k->post_dense_norm, &spec, &sum);
+    if (!rc) /* the second norm's result is not wanted */
+        rc = b->core->add_norm(b, &mixed, &k->post_experts_norm, &sum, NULL, &spec, branch);
+    return rc ? rc : b->core->scale(b, 1, &sum, false, branch);
+}
+
+int experts_add(const struct weights *w, int layer, struct experts_room *r, const struct mat *x,
+                const struct mat *branch)
+{
+    const struct backend *b = w->backend;
+    const int64_t tokens = x->rows;
+    const struct mat chosen = mat_rows(&r->chosen, 0, tokens), weights = mat_rows(&r->weights, 0, tokens);
+    int rc = experts_route(w, layer, r, x, &chosen, &weights);
+    if (!rc)
+        rc = b->core->download(b, r->host, chosen.data, (size_t)(tokens * chosen.cols) * sizeof *r->host);
+    if (!rc)
+        rc = experts_assign(w, layer, r, r->host, tokens, NULL, 0);
+    if (!rc)
+        rc = experts_gather(w, layer, r, x);
+    if (!rc)
+        rc = experts_inner(w, layer, r);
+    return rc ? rc : experts_join(w, layer, r, &weights, branch);
+}
