@@ -24,7 +24,6 @@ void experts_lay_out(struct experts_room *r, void *base, uint64_t *at, const str
     r->weights = arena_take(base, at, DTYPE_F32, tokens, c->top_k);
     r->order = arena_take(base, at, DTYPE_I32, 1, rows);
     r->slots = arena_take(base, at, DTYPE_I32, tokens, c->top_k);
-    r->factors = arena_take(base, at, DTYPE_F32, 1, rows);
     r->gathered = arena_take(base, at, act, rows, h);
     r->gate_up = arena_take(base, at, act, rows, 2 * c->expert_size);
 }
@@ -35,18 +34,15 @@ int experts_open(struct experts_room *r, const struct gemma_config *c)
         return 0;
     r->host = mem_alloc((size_t)(2 * r->max_tokens * c->top_k + r->max_rows), sizeof *r->host, "tokens' experts");
     r->starts = mem_alloc((size_t)c->n_experts + 1, sizeof *r->starts, "tokens' experts");
-    r->host_factors = mem_alloc((size_t)r->max_rows, sizeof *r->host_factors, "tokens' experts");
-    return r->host && r->starts && r->host_factors ? 0 : ERR_MEMORY;
+    return r->host && r->starts ? 0 : ERR_MEMORY;
 }
 
 void experts_close(struct experts_room *r)
 {
     free(r->host);
     free(r->starts);
-    free(r->host_factors);
     r->host = NULL;
     r->starts = NULL;
-    r->host_factors = NULL;
 }
 
 int experts_route(const struct weights *w, int layer, const struct experts_room *r, const struct mat *x,
@@ -95,12 +91,8 @@ int experts_assign(const struct weights *w, int layer, struct experts_room *r, c
         order[row] = at.token;
         if (i < n)
             slots[i] = (int32_t)row;
-        if (t->weights)
-            r->host_factors[row] = i < n ? t->weights[i] : t->extra_weight;
     }
-    int rc = core->upload(w->backend, r->order.data, order, (size_t)all * sizeof *order);
-    if (!rc && t->weights)
-        rc = core->upload(w->backend, r->factors.data, r->host_factors, (size_t)all * sizeof *r->host_factors);
+    const int rc = core->upload(w->backend, r->order.data, order, (size_t)all * sizeof *order);
     return rc ? rc : core->upload(w->backend, r->slots.data, slots, (size_t)n * sizeof *slots);
 }
 

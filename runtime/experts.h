@@ -13,10 +13,8 @@ struct experts_room {
     struct mat logits, sum;       /* F32 [tokens, experts], [tokens, hidden] */
     struct mat chosen, weights;   /* I32, F32 [tokens, top_k], of experts_add */
     struct mat order, slots;      /* I32 [1, rows]: the token of each; I32 [tokens, top_k]: the rows of a token */
-    struct mat factors;           /* F32 [1, rows]: the weight of each row's token, where it is asked for */
     struct mat gathered, gate_up; /* act [rows, hidden], [rows, 2·inner] */
     int32_t *host;                /* of chosen, order and slots */
-    float *host_factors;
     int64_t *starts;              /* [experts + 1], on the host */
 };
 
@@ -42,8 +40,6 @@ struct expert_tokens {
     const int32_t *chosen; /* [n, top_k]; −1: goes nowhere */
     const struct extra_row *extra;
     int64_t n_extra;
-    const float *weights; /* of what is chosen, for r->factors; NULL: those are not wanted */
-    float extra_weight;   /* of every extra one */
 };
 
 /* Sorts tokens by the experts that take them. */
