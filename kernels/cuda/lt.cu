@@ -13,7 +13,7 @@ extern "C" {
 enum {
     PLAN_SETS = 512,
     PLANS_EACH = 4,
-    /* Between these, numbers of rows share the algorithm of the next step, of which a power of two is eight from the next: */
+    /* Numbers of rows between these take the algorithm of the next step; from a power of two to the next there are eight. */
     STEPS_FROM = 16,
     STEPS_TO = 4096,
 };
