@@ -172,8 +172,8 @@ static int make_start(const struct tuning_run *r, int layer)
     const struct scale_spec range = {SCALE_RANGE, false};
     int rc = 0;
     for (int k = 0; r->options.init == TUNE_FROM_CODES && k < N_FUSED; k++) {
-        struct linear_set *l = set_place(&r->weights.blocks[layer], (enum gemma_fused)k);
-        const struct set s = set_find(&r->plan, layer, (enum gemma_fused)k);
+        struct linear_set *l = set_place(&r->weights.blocks[layer], (enum gemma_fused)k, SET_DENSE);
+        const struct set s = set_find(&r->plan, layer, (enum gemma_fused)k, SET_DENSE);
         struct piece pieces[GPTQ_MAX_PARTS];
         const int n = set_quantized(&s) ? set_pieces(&s, l, pieces) : 0;
         for (int i = 0; !rc && i < n; i++) {

@@ -109,7 +109,7 @@ static uint64_t place_sets(struct tuned_set sets[N_FUSED], const struct model *m
 {
     uint64_t at = 0;
     for (int k = 0; k < N_FUSED; k++) {
-        sets[k] = (struct tuned_set){.set = set_find(plan, layer, (enum gemma_fused)k)};
+        sets[k] = (struct tuned_set){.set = set_find(plan, layer, (enum gemma_fused)k, SET_DENSE)};
         if (set_quantized(&sets[k].set))
             place_set(&sets[k], m, base, &at);
         else
@@ -235,7 +235,7 @@ int tuner_begin(struct tuner *t, int layer)
         struct tuned_set *s = &t->sets[k];
         if (s->set.n)
             s->n_pieces =
-                set_pieces(&s->set, set_place(&t->w->blocks[layer], (enum gemma_fused)k), s->pieces);
+                set_pieces(&s->set, set_place(&t->w->blocks[layer], (enum gemma_fused)k, SET_DENSE), s->pieces);
         for (int i = 0; !rc && i < s->n_pieces; i++) {
             const struct mat *w = &s->pieces[i].linear->weight;
             s->dtypes[i] = w->dtype;

@@ -7,36 +7,37 @@
 #include <stdlib.h>
 #include <string.h>
 
-struct run {
-    const struct model *m;
-    const struct recipe_plan *plan;
-    const struct backend *b;
-    const struct calibrate_options *o;
-    const struct calibrate_events *events;
-    struct work_clock clock;
-    struct weights weights;
-    struct capture *capture;
-    struct gptq *gptq;         /* NULL where no codes are found under Hessians */
-    struct tuner *tuner;       /* NULL without a tuning */
-    double *losses;            /* [iterations] */
-    struct buf hessian, codes; /* codes: with scales and zero points, of the largest set */
-    struct staged_buf
-        n_found; /* places or numbers of weights that are not finite, one for each of a set's linears */
-    struct outbox *outbox;
-};
-
 /* --- memory ----------------------------------------------------------------------------------------------------- */
 
 static int deliver(void *ctx, const struct outbox_slot *slot, const void *item);
 
 static int take_memory(struct run *r)
 {
-    const struct result_bytes bytes = sets_largest_result(r->plan, r->m->gemma.n_layers);
+    const struct result_bytes bytes = sets_largest_result(r->plan);
     const struct outbox_size size = {bytes.packed, bytes.scales, bytes.zeros, sizeof(struct result)};
-    int rc = r->b->core->acquire(r->b, result_total(&bytes), "codes and scales", &r->codes);
+    return outbox_open(&r->outbox, r->b, &size, deliver, r);
+}
+
+int solver_open(struct solver *s, const struct run *r, const struct backend *b, const struct gptq_size *sizes,
+                size_t n, struct work_clock *clock)
+{
+    const struct result_bytes bytes = sets_largest_result(r->plan);
+    s->b = b;
+    int rc = n ? gptq_open(&s->gptq, b, &r->o->gptq, sizes, n, clock) : 0;
     if (!rc)
-        rc = r->b->core->acquire_staging(r->b, GPTQ_MAX_PARTS * sizeof(int64_t), "places", &r->n_found);
-    return rc ? rc : outbox_open(&r->outbox, r->b, &size, deliver, r);
+        rc = b->core->acquire(b, result_total(&bytes), "codes and scales", &s->codes);
+    return rc ? rc
+              : b->core->acquire_staging(b, GPTQ_MAX_PARTS * sizeof(int64_t), "places", &s->n_found);
+}
+
+void solver_close(struct solver *s)
+{
+    if (!s->b)
+        return;
+    if (s->n_found.host)
+        s->b->core->release_staging(s->b, &s->n_found);
+    s->b->core->release(s->b, &s->codes);
+    gptq_close(s->gptq);
 }
 
 static int open_solver(struct run *r)
@@ -45,12 +46,13 @@ static int open_solver(struct run *r)
     struct gptq_size *sizes = mem_alloc((size_t)n_layers * N_FUSED, sizeof *sizes, "the plan");
     if (!sizes)
         return ERR_MEMORY;
-    const size_t n = calibrate_sizes(r->plan, n_layers, sizes);
+    const bool solves = calibrate_solves(&r->o->tune);
+    const size_t n = solves ? calibrate_sizes(r->plan, n_layers, sizes) : 0;
     int64_t cols = 0;
     for (size_t i = 0; i < n; i++)
         cols = sizes[i].cols > cols ? sizes[i].cols : cols;
-    int rc = gptq_open(&r->gptq, r->b, &r->o->gptq, sizes, n, &r->clock);
-    if (!rc)
+    int rc = solver_open(&r->solver, r, r->b, sizes, n, &r->clock);
+    if (!rc && solves)
         rc = r->b->core->acquire(r->b, (size_t)(cols * cols) * sizeof(float), "a Hessian", &r->hessian);
     free(sizes);
     return rc;
@@ -72,8 +74,10 @@ static int open_run(struct run *r, const struct dataset *data)
         rc = weights_open(&r->weights, r->m, r->b);
     if (!rc)
         rc = capture_open(&r->capture, &r->weights, data, &plan.capture, r->o->skip_id, &r->clock);
-    if (!rc && calibrate_solves(&r->o->tune))
+    if (!rc)
         rc = open_solver(r);
+    if (!rc && r->m->gemma.n_experts)
+        rc = calibrate_open_experts(r, &plan);
     if (!rc && r->o->tune.iterations)
         rc = open_tuner(r, data, plan.micro_batch);
     if (!rc)
@@ -84,13 +88,12 @@ static int open_run(struct run *r, const struct dataset *data)
 static void close_run(struct run *r)
 {
     outbox_close(r->outbox);
-    if (r->n_found.host)
-        r->b->core->release_staging(r->b, &r->n_found);
-    r->b->core->release(r->b, &r->codes);
+    calibrate_close_experts(r);
     tuner_close(r->tuner);
     free(r->losses);
-    r->b->core->release(r->b, &r->hessian);
-    gptq_close(r->gptq);
+    if (r->hessian.ptr)
+        r->b->core->release(r->b, &r->hessian);
+    solver_close(&r->solver);
     capture_close(r->capture);
     weights_free(&r->weights);
 }
@@ -119,20 +122,20 @@ static int deliver(void *ctx, const struct outbox_slot *slot, const void *item)
     return rc;
 }
 
-static int send(struct run *r, const struct result *result)
+int calibrate_send(struct run *r, const struct solver *v, const struct result *result)
 {
     const struct set *s = &result->set;
-    const struct core_ops *core = r->b->core;
+    const struct core_ops *core = v->b->core;
     const struct result_bytes bytes = set_result_bytes(s);
-    const struct qmat q = set_result_at(s, r->codes.ptr, 0, s->rows);
+    const struct qmat q = set_result_at(s, v->codes.ptr, 0, s->rows);
     struct outbox_slot *slot;
     int rc = outbox_take(r->outbox, &slot);
     if (!rc)
-        rc = core->download(r->b, slot->packed.ptr, q.packed.data, bytes.packed);
+        rc = core->download(v->b, slot->packed.ptr, q.packed.data, bytes.packed);
     if (!rc)
-        rc = core->download(r->b, slot->scales.ptr, q.scales.data, bytes.scales);
+        rc = core->download(v->b, slot->scales.ptr, q.scales.data, bytes.scales);
     if (!rc && q.zeros.data)
-        rc = core->download(r->b, slot->zeros.ptr, q.zeros.data, bytes.zeros);
+        rc = core->download(v->b, slot->zeros.ptr, q.zeros.data, bytes.zeros);
     if (rc < 0)
         return rc;
     outbox_put(r->outbox, slot, result);
@@ -142,28 +145,29 @@ static int send(struct run *r, const struct result *result)
 /* --- one set ---------------------------------------------------------------------------------------------------- */
 
 /* BF16 values take the place of the weights. */
-static int replace_weight(const struct run *r, struct linear *l, const struct qmat *q)
+static int replace_weight(const struct backend *b, struct linear *l, const struct qmat *q)
 {
     if (l->weight.dtype == DTYPE_F16)
         l->weight.dtype = DTYPE_BF16;
-    return r->b->quant->dequantize(r->b, q, &l->weight);
+    return b->quant->dequantize(b, q, &l->weight);
 }
 
 /* Counts weights that are not finite and sets them to 0, or refuses them. */
-static int check_piece(const struct run *r, const struct set *s, const struct piece *p, int64_t *n_nonfinite)
+static int check_piece(const struct run *r, const struct solver *v, const struct set *s, const struct piece *p,
+                       int64_t *n_nonfinite)
 {
-    const struct core_ops *core = r->b->core;
-    int64_t *found = r->n_found.device;
+    const struct core_ops *core = v->b->core;
+    int64_t *found = v->n_found.device;
     int rc = 0;
     for (int64_t i = 0, row = 0; !rc && i < p->parts.n; row += p->parts.rows[i++]) {
         const struct mat w = mat_rows(&p->linear->weight, row, p->parts.rows[i]);
-        rc = r->o->allow_nonfinite ? core->zero_nonfinite(r->b, &w, &found[i])
-                                   : core->find_nonfinite(r->b, &w, &found[i]);
+        rc = r->o->allow_nonfinite ? core->zero_nonfinite(v->b, &w, &found[i])
+                                   : core->find_nonfinite(v->b, &w, &found[i]);
     }
     if (!rc)
-        rc = core->stage_out(r->b, &r->n_found, 0, (size_t)p->parts.n * sizeof *found);
+        rc = core->stage_out(v->b, &v->n_found, 0, (size_t)p->parts.n * sizeof *found);
     for (int i = 0; !rc && i < p->parts.n; i++) {
-        const int64_t at = ((const int64_t *)r->n_found.host)[i];
+        const int64_t at = ((const int64_t *)v->n_found.host)[i];
         if (r->o->allow_nonfinite)
             n_nonfinite[p->first + i] = at;
         else if (at >= 0)
@@ -177,13 +181,14 @@ static int check_piece(const struct run *r, const struct set *s, const struct pi
     return rc;
 }
 
-static int check_finite(const struct run *r, const struct set *s, struct linear_set *l, int64_t *n_nonfinite)
+int calibrate_check_finite(const struct run *r, const struct solver *v, const struct set *s, struct linear_set *l,
+                           int64_t *n_nonfinite)
 {
     struct piece pieces[GPTQ_MAX_PARTS];
     const int n = set_pieces(s, l, pieces);
     int rc = 0;
     for (int i = 0; !rc && i < n; i++)
-        rc = check_piece(r, s, &pieces[i], n_nonfinite);
+        rc = check_piece(r, v, s, &pieces[i], n_nonfinite);
     return rc;
 }
 
@@ -196,26 +201,26 @@ static int copy_grid(const struct run *r, const struct qmat *to, const struct qm
 }
 
 /* Codes under the Hessian take the weights' place; a tuning gets them as its start, else they are the result. */
-static int solve(struct run *r, enum gemma_fused kind, struct linear_set *l, const struct mat *h,
-                 struct result *result)
+int calibrate_solve(struct run *r, const struct solver *v, enum gemma_fused kind, struct linear_set *l,
+                    const struct mat *h, struct result *result)
 {
     const struct set *s = &result->set;
     struct piece pieces[GPTQ_MAX_PARTS];
     const int n = set_pieces(s, l, pieces);
-    int rc = r->b->quant->hessian_finish(r->b, h);
+    int rc = v->b->quant->hessian_finish(v->b, h);
     if (!rc)
-        rc = gptq_prepare(r->gptq, h);
+        rc = gptq_prepare(v->gptq, h);
     if (rc < 0)
         return err_context(rc, "%s", s->members->tensor->name);
     for (int i = 0; !rc && i < n; i++) {
         const struct piece *p = &pieces[i];
-        const struct qmat q = set_result_at(s, r->codes.ptr, p->row, p->rows);
+        const struct qmat q = set_result_at(s, v->codes.ptr, p->row, p->rows);
         const struct tuned_weight start =
             r->tuner ? tuner_weight(r->tuner, kind, p->row, p->rows) : (struct tuned_weight){0};
-        rc = gptq_quantize(r->gptq, &p->linear->weight, &q, &p->parts, r->tuner ? &start.codes : NULL,
+        rc = gptq_quantize(v->gptq, &p->linear->weight, &q, &p->parts, r->tuner ? &start.codes : NULL,
                            &result->stats[p->first]);
         if (!rc)
-            rc = replace_weight(r, p->linear, &q);
+            rc = replace_weight(v->b, p->linear, &q);
         if (!rc && r->tuner)
             rc = copy_grid(r, &start.q, &q);
     }
@@ -223,7 +228,7 @@ static int solve(struct run *r, enum gemma_fused kind, struct linear_set *l, con
 }
 
 /* 1: the whole set's result was known and has taken its place. */
-static int take_known(struct run *r, const struct set *s, struct linear_set *l)
+int calibrate_take_known(struct run *r, const struct set *s, struct linear_set *l)
 {
     struct piece pieces[GPTQ_MAX_PARTS];
     struct outbox_slot *slot;
@@ -240,7 +245,7 @@ static int take_known(struct run *r, const struct set *s, struct linear_set *l)
     }
     if (rc <= 0)
         return rc;
-    const struct qmat all = set_result_at(s, r->codes.ptr, 0, s->rows);
+    const struct qmat all = set_result_at(s, r->solver.codes.ptr, 0, s->rows);
     rc = core->upload(r->b, all.packed.data, slot->packed.ptr, bytes.packed);
     if (!rc)
         rc = core->upload(r->b, all.scales.data, slot->scales.ptr, bytes.scales);
@@ -248,8 +253,8 @@ static int take_known(struct run *r, const struct set *s, struct linear_set *l)
         rc = core->upload(r->b, all.zeros.data, slot->zeros.ptr, bytes.zeros);
     const int n = set_pieces(s, l, pieces);
     for (int i = 0; !rc && i < n; i++) {
-        const struct qmat q = set_result_at(s, r->codes.ptr, pieces[i].row, pieces[i].rows);
-        rc = replace_weight(r, pieces[i].linear, &q);
+        const struct qmat q = set_result_at(s, r->solver.codes.ptr, pieces[i].row, pieces[i].rows);
+        rc = replace_weight(r->b, pieces[i].linear, &q);
     }
     return rc ? rc : 1;
 }
@@ -257,29 +262,29 @@ static int take_known(struct run *r, const struct set *s, struct linear_set *l)
 /* Brings all tokens to the set's inputs, and quantizes it under them. */
 static int solve_set(struct run *r, int layer, enum gemma_fused kind, struct result *result)
 {
-    struct linear_set *l = set_place(&r->weights.blocks[layer], kind);
+    struct linear_set *l = set_place(&r->weights.blocks[layer], kind, SET_DENSE);
     const struct set *s = &result->set;
     const struct mat h = {r->hessian.ptr, DTYPE_F32, s->cols, s->cols, s->cols};
     int rc = r->b->core->zero(r->b, &h);
     if (!rc)
         rc = capture_inputs(r->capture, layer, kind, &h);
-    return rc ? rc : solve(r, kind, l, &h, result);
+    return rc ? rc : calibrate_solve(r, &r->solver, kind, l, &h, result);
 }
 
 static int run_set(struct run *r, int layer, enum gemma_fused kind)
 {
-    struct linear_set *l = set_place(&r->weights.blocks[layer], kind);
-    struct result result = {.set = set_find(r->plan, layer, kind)};
+    struct linear_set *l = set_place(&r->weights.blocks[layer], kind, SET_DENSE);
+    struct result result = {.set = set_find(r->plan, layer, kind, SET_DENSE)};
     const bool quantized = set_quantized(&result.set);
-    const int known = quantized ? take_known(r, &result.set, l) : 0;
+    const int known = quantized ? calibrate_take_known(r, &result.set, l) : 0;
     if (known < 0)
         return known;
     if (!quantized || known)
         return capture_inputs(r->capture, layer, kind, NULL);
-    int rc = check_finite(r, &result.set, l, result.n_nonfinite);
+    int rc = calibrate_check_finite(r, &r->solver, &result.set, l, result.n_nonfinite);
     if (!rc)
         rc = solve_set(r, layer, kind, &result);
-    return rc ? rc : send(r, &result);
+    return rc ? rc : calibrate_send(r, &r->solver, &result);
 }
 
 /* --- a block under tuning --------------------------------------------------------------------------------------- */
@@ -289,11 +294,11 @@ static int finish_set(struct run *r, int layer, enum gemma_fused kind, struct re
 {
     const struct set *s = &result->set;
     struct piece pieces[GPTQ_MAX_PARTS];
-    const int n = set_pieces(s, set_place(&r->weights.blocks[layer], kind), pieces);
+    const int n = set_pieces(s, set_place(&r->weights.blocks[layer], kind, SET_DENSE), pieces);
     int rc = 0;
     for (int i = 0; !rc && i < n; i++) {
         const struct piece *p = &pieces[i];
-        const struct qmat q = set_result_at(s, r->codes.ptr, p->row, p->rows);
+        const struct qmat q = set_result_at(s, r->solver.codes.ptr, p->row, p->rows);
         const struct tuned_weight tuned = tuner_weight(r->tuner, kind, p->row, p->rows);
         double errors[GPTQ_MAX_PARTS], clipped[GPTQ_MAX_PARTS];
         rc = tuner_measure(r->tuner, kind, i, errors, clipped);
@@ -306,9 +311,9 @@ static int finish_set(struct run *r, int layer, enum gemma_fused kind, struct re
         if (!rc)
             rc = r->b->quant->pack_codes(r->b, &tuned.codes, &q);
         if (!rc)
-            rc = replace_weight(r, p->linear, &q);
+            rc = replace_weight(r->b, p->linear, &q);
     }
-    return rc ? rc : send(r, result);
+    return rc ? rc : calibrate_send(r, &r->solver, result);
 }
 
 /* 1: every set of the block was known and has taken its place; otherwise the weights are what they were. */
@@ -317,7 +322,7 @@ static int take_known_block(struct run *r, int layer, const struct result result
     int known = r->events->known != NULL;
     for (int k = 0; known > 0 && k < N_FUSED; k++)
         if (set_quantized(&results[k].set))
-            known = take_known(r, &results[k].set, set_place(&r->weights.blocks[layer], (enum gemma_fused)k));
+            known = calibrate_take_known(r, &results[k].set, set_place(&r->weights.blocks[layer], (enum gemma_fused)k, SET_DENSE));
     const int rc = known ? 0 : tuner_restore(r->tuner);
     return rc ? rc : known;
 }
@@ -327,7 +332,7 @@ static int tune_block(struct run *r, int layer, struct result results[N_FUSED])
     const double start = clock_seconds();
     struct calibrated_block block = {.layer = layer, .losses = r->losses, .n = r->o->tune.iterations};
     int rc = 0;
-    for (int k = 0; !rc && r->gptq && k < N_FUSED; k++)
+    for (int k = 0; !rc && r->solver.gptq && k < N_FUSED; k++)
         rc = set_quantized(&results[k].set) ? solve_set(r, layer, (enum gemma_fused)k, &results[k])
                                             : capture_inputs(r->capture, layer, (enum gemma_fused)k, NULL);
     if (!rc)
@@ -350,12 +355,12 @@ static int run_tuned_block(struct run *r, int layer)
     bool quantized = false;
     int rc = 0;
     for (int k = 0; !rc && k < N_FUSED; k++) {
-        struct linear_set *l = set_place(&r->weights.blocks[layer], (enum gemma_fused)k);
-        results[k] = (struct result){.set = set_find(r->plan, layer, (enum gemma_fused)k)};
+        struct linear_set *l = set_place(&r->weights.blocks[layer], (enum gemma_fused)k, SET_DENSE);
+        results[k] = (struct result){.set = set_find(r->plan, layer, (enum gemma_fused)k, SET_DENSE)};
         if (!set_quantized(&results[k].set))
             continue;
         quantized = true;
-        rc = check_finite(r, &results[k].set, l, results[k].n_nonfinite);
+        rc = calibrate_check_finite(r, &r->solver, &results[k].set, l, results[k].n_nonfinite);
     }
     if (!rc)
         rc = tuner_begin(r->tuner, layer);
@@ -377,6 +382,8 @@ static int run_plain_block(struct run *r, int layer)
     int rc = 0;
     for (int k = 0; !rc && k < N_FUSED; k++)
         rc = run_set(r, layer, (enum gemma_fused)k);
+    if (!rc && r->m->gemma.n_experts)
+        rc = calibrate_run_experts(r, layer);
     return rc || layer + 1 == (int)r->m->gemma.n_layers ? rc : capture_end(r->capture, layer);
 }
 
@@ -395,7 +402,7 @@ int calibrate_run(const struct model *m, const struct recipe_plan *plan, const s
                   const struct dataset *data, const struct calibrate_options *options,
                   const struct calibrate_events *events, double *seconds)
 {
-    struct run r = {.m = m, .plan = plan, .b = b, .o = options, .events = events};
+    struct run r = {.m = m, .plan = plan, .b = b, .o = options, .events = events, .data = data};
     work_begin(&r.clock, seconds);
     int rc = open_run(&r, data);
     for (int layer = 0; !rc && layer < (int)m->gemma.n_layers; layer++)

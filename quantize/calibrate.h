@@ -48,6 +48,7 @@ struct calibrate_events {
 
 struct calibrate_plan {
     struct capture_plan capture;
+    int experts_at_once;               /* whose Hessians are held together; 0 without any */
     int64_t micro_batch;               /* samples that a tuning works on at a time; 0 without one */
     uint64_t device_bytes, host_bytes; /* the most that a run holds */
 };

@@ -1,10 +1,13 @@
-/* What the two halves of calibration share: calibrate_plan.c plans, calibrate.c runs. Nobody else includes this. */
+/* What the parts of calibration share: calibrate_plan.c plans, calibrate.c runs, calibrate_experts.c does so with mixtures of
+ * experts. Nobody else includes this. */
 #ifndef GEMCUT_QUANTIZE_CALIBRATE_IMPL_H
 #define GEMCUT_QUANTIZE_CALIBRATE_IMPL_H
 
 #include "quantize/autoround.h"
 #include "quantize/calibrate.h"
 #include "quantize/outbox.h"
+
+#include <pthread.h>
 
 /* A set's results, on their way out. */
 struct result {
@@ -13,6 +16,70 @@ struct result {
     struct tune_stats tuned;
     int64_t n_nonfinite[GPTQ_MAX_PARTS];
 };
+
+/* What quantizes one set at a time. */
+struct solver {
+    const struct backend *b;
+    struct gptq *gptq;         /* NULL where no codes are found under Hessians */
+    struct buf codes;          /* with scales and zero points, of the largest set */
+    struct staged_buf n_found; /* places or numbers of weights that are not finite, one for each of a set's linears */
+};
+
+/* Solvers side by side, each with a stream of its own: one expert keeps a device less than busy. */
+struct expert_solvers {
+    struct parallel *pool;
+    struct backend *backends; /* [workers], as the next one */
+    struct solver *list;
+    int n;              /* of them that are open */
+    struct buf hessian; /* of `at_once` experts */
+    int at_once;
+    pthread_mutex_t lock; /* of the outbox, and of the following */
+    int64_t n_starved;    /* experts of all layers that had fewer tokens than the floor */
+    int64_t fewest;       /* of any, … */
+    int fewest_layer, fewest_expert;
+};
+
+struct run {
+    const struct model *m;
+    const struct recipe_plan *plan;
+    const struct backend *b;
+    const struct calibrate_options *o;
+    const struct calibrate_events *events;
+    const struct dataset *data;
+    struct work_clock clock;
+    struct weights weights;
+    struct capture *capture;
+    struct solver solver;
+    struct buf hessian;
+    struct tuner *tuner; /* NULL without a tuning */
+    double *losses;      /* [iterations] */
+    struct expert_solvers experts;
+    struct outbox *outbox;
+};
+
+int solver_open(struct solver *s, const struct run *r, const struct backend *b, const struct gptq_size *sizes,
+                size_t n, struct work_clock *clock);
+void solver_close(struct solver *s);
+
+/* The steps of a set. Counts weights that are not finite and sets them to 0, or refuses them. */
+int calibrate_check_finite(const struct run *r, const struct solver *v, const struct set *s, struct linear_set *l,
+                           int64_t *n_nonfinite);
+/* Codes under the Hessian take the weights' place; a tuning gets them as its start, else they are the result. */
+int calibrate_solve(struct run *r, const struct solver *v, enum gemma_fused kind, struct linear_set *l,
+                    const struct mat *h, struct result *result);
+/* One at a time. */
+int calibrate_send(struct run *r, const struct solver *v, const struct result *result);
+/* 1: the whole set's result was known and has taken its place. */
+int calibrate_take_known(struct run *r, const struct set *s, struct linear_set *l);
+
+/* The sizes of the sets of an expert; returns their number, 0 … 2. */
+size_t calibrate_expert_sizes(const struct recipe_plan *plan, struct gptq_size out[2]);
+int calibrate_expert_workers(const struct backend *b);
+int calibrate_open_experts(struct run *r, const struct calibrate_plan *plan);
+void calibrate_close_experts(struct run *r);
+
+/* All experts of a layer whose other sets are done. */
+int calibrate_run_experts(struct run *r, int layer);
 
 /* Whether codes are found under Hessians. */
 static inline bool calibrate_solves(const struct tune_options *tune)

@@ -13,7 +13,7 @@ size_t calibrate_sizes(const struct recipe_plan *plan, int64_t n_layers, struct 
     size_t n = 0;
     for (int layer = 0; layer < (int)n_layers; layer++)
         for (int k = 0; k < N_FUSED; k++) {
-            const struct set s = set_find(plan, layer, (enum gemma_fused)k);
+            const struct set s = set_find(plan, layer, (enum gemma_fused)k, SET_DENSE);
             if (set_quantized(&s))
                 out[n++] = (struct gptq_size){s.rows, s.cols, set_group(&s)};
         }
@@ -39,7 +39,22 @@ static uint64_t solver_bytes(const struct gptq_size *sizes, size_t n, const stru
     return hessian + gptq_bytes(sizes, n);
 }
 
-/* What the device needs beside states, activations and a tuning. */
+/* Of what quantizes experts: Hessians of as many, and the solvers. */
+static uint64_t experts_bytes(const struct recipe_plan *plan, const struct backend *b, int at_once)
+{
+    struct gptq_size sizes[2];
+    const size_t n = calibrate_expert_sizes(plan, sizes);
+    const struct result_bytes result = sets_largest_result(plan);
+    int64_t cols = 0;
+    for (size_t i = 0; i < n; i++)
+        cols = sizes[i].cols > cols ? sizes[i].cols : cols;
+    return n ? (uint64_t)(cols * cols * at_once) * sizeof(float) +
+                   (uint64_t)calibrate_expert_workers(b) *
+                       (gptq_bytes(sizes, n) + result_total(&result) + b->scratch_bytes)
+             : 0;
+}
+
+/* What the device needs beside states, activations, experts and a tuning. */
 static int other_bytes(const struct model *m, const struct recipe_plan *plan, const struct backend *b,
                        const struct tune_options *tune, uint64_t *out)
 {
@@ -53,7 +68,7 @@ static int other_bytes(const struct model *m, const struct recipe_plan *plan, co
         const uint64_t bytes = weights_part_bytes(m, layer);
         part = bytes > part ? bytes : part;
     }
-    const struct result_bytes result = sets_largest_result(plan, n_layers);
+    const struct result_bytes result = sets_largest_result(plan);
     *out = part + solver_bytes(sizes, n, tune) + result_total(&result) + GPTQ_MAX_PARTS * sizeof(int64_t) +
            b->scratch_bytes + weights_loader_bytes(b);
     if (b->host_memory)
@@ -91,7 +106,7 @@ int calibrate_plan(struct calibrate_plan *out, const struct model *m, const stru
                    uint64_t reserved)
 {
     struct device_memory memory;
-    uint64_t other, tuning;
+    uint64_t other, tuning = 0;
     int rc = other_bytes(m, plan, b, tune, &other);
     if (!rc)
         rc = b->core->memory(b, &memory);
@@ -100,14 +115,24 @@ int calibrate_plan(struct calibrate_plan *out, const struct model *m, const stru
     const uint64_t limit = budget_limit(),
                    usable = memory.free - memory.free / 16; /* what drivers and libraries take */
     const uint64_t allowed = limit && limit < usable ? limit : usable;
-    rc = share_out(out, m, plan, b, data, tune, without(allowed, other + reserved), &tuning);
+    /* experts' Hessians are made in fewer goes at the price of states on the device */
+    const int n_experts = (int)m->gemma.n_experts;
+    uint64_t experts = 0;
+    *out = (struct calibrate_plan){0};
+    for (int n = n_experts; !rc && (n || !n_experts); n /= 2) {
+        experts = experts_bytes(plan, b, n);
+        rc = share_out(out, m, plan, b, data, tune, without(allowed, other + experts + reserved), &tuning);
+        out->experts_at_once = n;
+        if (!n || out->capture.device_bytes + other + experts + reserved <= allowed)
+            break;
+    }
     if (rc < 0)
         return rc;
-    other += tuning;
+    other += tuning + experts;
     /* the embedding is there only while there is nothing but the states */
     const uint64_t outer = weights_part_bytes(m, WEIGHTS_OUTER) + weights_loader_bytes(b);
     out->device_bytes = out->capture.device_bytes + reserved + (other > outer ? other : outer);
-    const struct result_bytes result = sets_largest_result(plan, m->gemma.n_layers);
+    const struct result_bytes result = sets_largest_result(plan);
     out->host_bytes = out->capture.host_bytes + (b->host_memory ? 0 : results_bytes(&result));
     if (out->device_bytes <= allowed)
         return 0;
@@ -155,6 +180,21 @@ static double tuning_work(const struct tune_options *tune, const struct dataset 
                : 0;
 }
 
+/* Multiplications of experts, each of which sees its share of the tokens; their inner parts are computed twice. */
+static double experts_work(const struct model *m, const struct recipe_plan *plan, double tokens, int passes)
+{
+    const struct gemma_config *c = &m->gemma;
+    struct gptq_size sizes[2];
+    const size_t n = calibrate_expert_sizes(plan, sizes);
+    double work = 0;
+    for (size_t i = 0; i < n; i++) {
+        const double rows = (double)sizes[i].rows, cols = (double)sizes[i].cols;
+        work += (2 * rows * cols + cols * cols) * tokens * (double)c->top_k / (double)c->n_experts +
+                cols * cols * cols + 6 * (4 + passes) * rows * cols * cols;
+    }
+    return work * (double)(c->n_layers * c->n_experts);
+}
+
 int calibrate_estimate(const struct model *m, const struct recipe_plan *plan, const struct backend *b,
                        const struct dataset *data, const struct tune_options *tune, int passes,
                        double *seconds)
@@ -163,7 +203,7 @@ int calibrate_estimate(const struct model *m, const struct recipe_plan *plan, co
     double work = 0, each = 0;
     for (int layer = 0; layer < (int)m->gemma.n_layers; layer++)
         for (int k = 0; k < N_FUSED; k++) {
-            const struct set s = set_find(plan, layer, (enum gemma_fused)k);
+            const struct set s = set_find(plan, layer, (enum gemma_fused)k, SET_DENSE);
             const double rows = (double)s.rows, cols = (double)s.cols;
             work += 2.6 * rows * cols * tokens; /* the pass, and what weighs tokens */
             work += 2 * tuning_work(tune, data, rows * cols);
@@ -171,6 +211,7 @@ int calibrate_estimate(const struct model *m, const struct recipe_plan *plan, co
                 work +=
                     1.2 * cols * cols * tokens + cols * cols * cols + 6 * (4 + passes) * rows * cols * cols;
         }
+    work += experts_work(m, plan, tokens, passes);
     const int rc = measure_product(b, m->gemma.hidden_size, &each);
     *seconds = work * each;
     return rc;

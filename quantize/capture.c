@@ -1,34 +1,12 @@
-#include "quantize/capture.h"
+#include "quantize/capture_impl.h"
 
 #include "base/err.h"
 #include "base/mem.h"
 #include "kernels/arena.h"
-#include "quantize/donors.h"
-#include "quantize/layer_inputs.h"
 #include "runtime/block.h"
 
 #include <math.h>
 #include <stdlib.h>
-
-struct capture {
-    struct weights *w;
-    const struct dataset *data;
-    struct capture_plan plan;
-    int32_t skip_id;
-    struct work_clock *clock;
-    struct buf memory;
-    struct states
-        streams[N_STREAMS]; /* residual, at the block's beginning; [all tokens, …], as the next ones */
-    struct states
-        middle; /* residual, with attention's branch; where nothing is tuned, the first stream itself */
-    struct states attention, inner;
-    struct donors donors;
-    struct layer_inputs inputs;
-    int layer;                                                /* whose states those of varying width are */
-    struct block_input input;                                 /* of a batch; data NULL: layers have none */
-    struct mat normed, branch, qkv, q, gate_up, keys, values; /* [tokens of a batch, …] */
-    struct mat rope[GEMMA_KINDS];                             /* [length, head_dim] */
-};
 
 static int n_streams(const struct capture_plan *p)
 {
@@ -82,6 +60,7 @@ static uint64_t lay_out(struct capture *c, const struct gemma_config *g, enum dt
     c->keys = arena_take(base, &at, act, rows, widest.kv);
     c->values = arena_take(base, &at, act, rows, widest.kv);
     c->gate_up = arena_take(base, &at, act, rows, 2 * widest.inner);
+    routes_lay_out(c, base, &at, g, act, samples * length, rows);
     for (int kind = 0; kind < GEMMA_KINDS; kind++)
         c->rope[kind] = arena_take(base, &at, DTYPE_F32, length, g->rope_dim[kind]);
     return at;
@@ -101,7 +80,7 @@ int capture_plan(struct capture_plan *out, const struct gemma_config *c, const s
                  const struct dataset *data, bool tuned, uint64_t available)
 {
     const int64_t samples = data->samples, length = data->length;
-    struct capture trial = {0};
+    struct capture trial = {.data = data};
     int64_t n_ids = 0;
     const int rc = c->ple_size ? layer_inputs_count(data, c->vocab_size, &n_ids) : 0;
     int64_t batch = b->batch_tokens / length;
@@ -163,7 +142,7 @@ static int take_memory(struct capture *c)
 
 /* --- batches ---------------------------------------------------------------------------------------------------- */
 
-static bool next_batch(const struct capture *c, struct token_batch *t)
+bool capture_next_batch(const struct capture *c, struct token_batch *t)
 {
     const int64_t length = c->data->length, done = (t->first_row + t->rows) / length,
                   left = c->data->samples - done;
@@ -174,19 +153,6 @@ static bool next_batch(const struct capture *c, struct token_batch *t)
 }
 
 /* --- the steps of a block, for one batch ------------------------------------------------------------------------ */
-
-/* What one step works on, and the inputs that it ends with. */
-struct step {
-    struct capture *c;
-    bool alone; /* all steps follow at once: nothing but the residual stream is kept */
-    int layer;
-    enum capture_stream stream;
-    const struct token_batch *batch;
-    const struct states *residual; /* where x is from, and where the block's result goes */
-    struct mat x, attention, normed, branch, inner;
-    struct mat spare; /* [tokens, …] for the inputs of o and down, weighed */
-    const struct mat *inputs;
-};
 
 static int norm(struct step *s, const struct mat *weight)
 {
@@ -288,6 +254,8 @@ static int to_end(struct step *s)
     int rc = c->plan.keep_inner && !s->alone ? 0 : to_down(s);
     if (!rc)
         rc = linear_set_forward(b, &k->down, &s->inner, &s->branch);
+    if (!rc && k->n_experts)
+        rc = routes_join(s);
     if (!rc && c->w->config.ple_size) {
         input = (struct block_input){.sum = mat_rows(&all->sum, 0, s->batch->rows),
                                      .input = mat_rows(&all->input, 0, s->batch->rows),
@@ -382,7 +350,7 @@ static int run_steps(struct capture *c, int layer, int (*to)(struct step *), con
 {
     const struct states *residual = set < FUSED_DOWN ? &c->streams[CAPTURE_INPUTS] : &c->middle;
     int rc = enter(c, layer);
-    for (struct token_batch t = {0}; !rc && next_batch(c, &t);) {
+    for (struct token_batch t = {0}; !rc && capture_next_batch(c, &t);) {
         struct step s = begin_step(c, layer, CAPTURE_INPUTS, residual, &t);
         rc = states_fetch(c->w->backend, residual, &t);
         if (!rc)
@@ -420,7 +388,7 @@ int capture_block(struct capture *c, int layer, enum capture_stream stream)
 {
     const struct states *residual = &c->streams[stream];
     int rc = enter(c, layer);
-    for (struct token_batch t = {0}; !rc && next_batch(c, &t);) {
+    for (struct token_batch t = {0}; !rc && capture_next_batch(c, &t);) {
         struct step s = begin_step(c, layer, stream, residual, &t);
         s.alone = true;
         rc = states_fetch(c->w->backend, residual, &t);
@@ -480,7 +448,7 @@ const struct mat *capture_rope(const struct capture *c, int layer)
 static int make_layer_inputs(struct capture *c)
 {
     struct token_batch t = {0};
-    next_batch(c, &t);
+    capture_next_batch(c, &t);
     const struct mat x = states_rows(&c->streams[CAPTURE_INPUTS], &t);
     struct block_input input = c->input;
     input.x0 = c->normed;
@@ -494,7 +462,7 @@ static int embed_all(struct capture *c)
     int rc = weights_load_part(w, WEIGHTS_OUTER);
     if (!rc && w->config.ple_size)
         rc = make_layer_inputs(c);
-    for (struct token_batch t = {0}; !rc && next_batch(c, &t);) {
+    for (struct token_batch t = {0}; !rc && capture_next_batch(c, &t);) {
         for (int i = 0; !rc && i < n_streams(&c->plan); i++) {
             const struct mat x = states_rows(&c->streams[i], &t);
             rc = b->core->embed(b, &w->embedding, c->data->ids + t.first_row,
@@ -522,6 +490,8 @@ int capture_open(struct capture **out, struct weights *w, const struct dataset *
         .w = w, .data = data, .plan = *plan, .skip_id = skip_id, .clock = clock, .layer = -1};
     int rc = take_memory(c);
     if (!rc)
+        rc = routes_open(c);
+    if (!rc)
         rc = embed_all(c);
     if (rc < 0)
         capture_close(c);
@@ -544,5 +514,6 @@ void capture_close(struct capture *c)
     b->core->release_host(b, &c->attention.memory);
     b->core->release_host(b, &c->inputs.states.memory);
     layer_inputs_free(&c->inputs);
+    routes_close(&c->routes);
     free(c);
 }

@@ -41,6 +41,17 @@ void capture_close(struct capture *c);
  * (NULL: to none). The sets come in order, each once. */
 int capture_inputs(struct capture *c, int layer, enum gemma_fused set, const struct mat *h);
 
+/* Of a block with experts, when its other sets are done: sends all tokens to them. Then, for the gate and up of the experts
+ * [first, first + n), or for their down, adds the inputs of each to its Hessian; h: one below the other. An expert that fewer
+ * than a floor of tokens were sent to is given others, evenly from all the text, up to that. */
+int capture_route(struct capture *c, int layer);
+int capture_expert_inputs(struct capture *c, int layer, enum gemma_fused set, int first, int n,
+                          const struct mat *h);
+
+/* Tokens of the text that the router sent to an expert, and how many each should have at least. */
+int64_t capture_expert_tokens(const struct capture *c, int expert);
+int64_t capture_expert_floor(const struct gemma_config *c, const struct dataset *data);
+
 /* Brings all tokens to the end of the block. */
 int capture_end(struct capture *c, int layer);
 

@@ -83,6 +83,16 @@ static uint64_t copying_bytes(const struct cut *c)
     return (uint64_t)parallel_workers(c->pool) * pipeline_worker_bytes(c->pipeline);
 }
 
+static int refuse_tuned_experts(const struct cut *c)
+{
+    return c->options.recipe.tune.iterations && c->source.gemma.n_experts
+               ? err_set(ERR_UNSUPPORTED,
+                         "%s: has a mixture of experts, which --method autoround (and --quality better) does not tune; "
+                         "--method gptq quantizes it",
+                         c->source.folder)
+               : 0;
+}
+
 /* What a calibrated method looks at, and what it will need. */
 static int open_calibration(struct cut *c)
 {
@@ -129,6 +139,8 @@ int cut_open(struct cut **out, const struct cut_options *options)
         rc = model_bind(&c->source, NULL, NULL);
     if (!rc)
         rc = recipe_resolve(&c->plan, &c->options.recipe, &c->source.tensors);
+    if (!rc)
+        rc = refuse_tuned_experts(c);
     if (!rc)
         rc = list_tensors(c);
     if (!rc)
@@ -293,6 +305,8 @@ void cut_write_stats(const struct recipe *r, const struct cut_linear *l, struct 
     json_kv_double(t, "nearest_output_error", sqrt(fmax(s->nearest_error, 0)));
     json_kv_double(t, "damping", s->damping);
     json_kv_int(t, "dead_inputs", s->n_dead);
+    if (l->plan->tensor->expert >= 0)
+        json_kv_int(t, "tokens", s->n_tokens);
 }
 
 static struct hash128 hash_ids(const struct dataset *d)

@@ -27,7 +27,8 @@ struct gptq_stats {
     double weight_error;         /* Σ(w − ŵ)² / Σw² */
     double damping;              /* that it took */
     double clipped; /* share of weights that lie beyond their group's codes by more than half a step */
-    int64_t n_dead; /* inputs that were always zero */
+    int64_t n_dead;   /* inputs that were always zero */
+    int64_t n_tokens; /* that the router sent, where it is an expert's; not known here: 0 */
 };
 
 struct gptq;

@@ -86,6 +86,7 @@ int journal_add(struct journal *j, const char *name, const struct journal_entry 
     json_kv_double(&t, "damping", e->stats.damping);
     json_kv_double(&t, "clipped", e->stats.clipped);
     json_kv_int(&t, "dead", e->stats.n_dead);
+    json_kv_int(&t, "tokens", e->stats.n_tokens);
     json_kv_double(&t, "loss_first", e->tuned.first);
     json_kv_double(&t, "loss_last", e->tuned.last);
     json_kv_int(&t, "loss_kept", e->tuned.kept);
@@ -136,6 +137,8 @@ static int read_entry(struct journal *j, struct json o)
         rc = json_get_double(o, numbers[i].key, numbers[i].to);
     if (!rc)
         rc = json_get_int(o, "dead", 0, max_count, &s->n_dead);
+    if (!rc)
+        rc = json_get_int(o, "tokens", 0, max_count, &s->n_tokens);
     if (!rc)
         rc = json_get_int(o, "loss_kept", 0, max_count, &e.tuned.kept);
     if (!rc)

@@ -2,12 +2,26 @@
 
 #include "base/err.h"
 
-struct set set_find(const struct recipe_plan *plan, int layer, enum gemma_fused kind)
+/* The first linear of a layer; the plan is sorted by layer. */
+static size_t first_of(const struct recipe_plan *plan, int layer)
+{
+    size_t low = 0, high = plan->n;
+    while (low < high) {
+        const size_t middle = (low + high) / 2;
+        if (plan->linears[middle].tensor->layer < layer)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+struct set set_find(const struct recipe_plan *plan, int layer, enum gemma_fused kind, int expert)
 {
     struct set s = {0};
-    for (size_t i = 0; i < plan->n; i++) { /* sorted by layer and set */
+    for (size_t i = first_of(plan, layer); i < plan->n && plan->linears[i].tensor->layer == layer; i++) {
         const struct linear_plan *l = &plan->linears[i];
-        if (l->tensor->layer != layer || gemma_fused_set(l->tensor->role) != kind)
+        if (l->tensor->expert != expert || gemma_fused_set(l->tensor->role) != kind)
             continue;
         if (!s.n++)
             s.members = l;
@@ -28,8 +42,10 @@ int64_t set_group(const struct set *s)
     return scheme.group ? scheme.group : s->cols;
 }
 
-struct linear_set *set_place(struct block *b, enum gemma_fused kind)
+struct linear_set *set_place(struct block *b, enum gemma_fused kind, int expert)
 {
+    if (expert >= 0)
+        return kind == FUSED_DOWN ? &b->experts[expert].down : &b->experts[expert].gate_up;
     struct linear_set *const places[N_FUSED] = {
         [FUSED_QKV] = &b->qkv, [FUSED_O] = &b->o, [FUSED_GATE_UP] = &b->gate_up, [FUSED_DOWN] = &b->down};
     return places[kind];
@@ -67,19 +83,21 @@ static void grow_to(size_t *size, size_t need)
     *size = need > *size ? need : *size;
 }
 
-struct result_bytes sets_largest_result(const struct recipe_plan *plan, int64_t n_layers)
+struct result_bytes sets_largest_result(const struct recipe_plan *plan)
 {
     struct result_bytes most = {0};
-    for (int layer = 0; layer < (int)n_layers; layer++)
-        for (int k = 0; k < N_FUSED; k++) {
-            const struct set s = set_find(plan, layer, (enum gemma_fused)k);
-            if (!set_quantized(&s))
-                continue;
-            const struct result_bytes bytes = set_result_bytes(&s);
-            grow_to(&most.packed, bytes.packed);
-            grow_to(&most.scales, bytes.scales);
-            grow_to(&most.zeros, bytes.zeros);
-        }
+    for (size_t i = 0; i < plan->n; i++) {
+        const struct gemma_tensor *t = plan->linears[i].tensor;
+        if (t->expert > 0) /* all are alike */
+            continue;
+        const struct set s = set_find(plan, t->layer, gemma_fused_set(t->role), t->expert);
+        if (!set_quantized(&s))
+            continue;
+        const struct result_bytes bytes = set_result_bytes(&s);
+        grow_to(&most.packed, bytes.packed);
+        grow_to(&most.scales, bytes.scales);
+        grow_to(&most.zeros, bytes.zeros);
+    }
     return most;
 }
 

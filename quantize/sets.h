@@ -13,12 +13,14 @@ struct set {
     int64_t rows, cols;                /* of all of them, one below the other */
 };
 
-struct set set_find(const struct recipe_plan *plan, int layer, enum gemma_fused kind);
+/* expert: whose set, of a mixture of experts, or SET_DENSE */
+enum { SET_DENSE = -1 };
+struct set set_find(const struct recipe_plan *plan, int layer, enum gemma_fused kind, int expert);
 bool set_quantized(const struct set *s);
 int64_t set_group(const struct set *s); /* columns */
 
 /* Where a block keeps it. */
-struct linear_set *set_place(struct block *b, enum gemma_fused kind);
+struct linear_set *set_place(struct block *b, enum gemma_fused kind, int expert);
 
 /* Linears of one set that lie together as one weight, or a single one: members [first, first + parts.n), from `row` of
  * the set on. */
@@ -37,7 +39,7 @@ struct result_bytes {
     size_t packed, scales, zeros;
 };
 struct result_bytes set_result_bytes(const struct set *s);
-struct result_bytes sets_largest_result(const struct recipe_plan *plan, int64_t n_layers);
+struct result_bytes sets_largest_result(const struct recipe_plan *plan);
 size_t result_total(const struct result_bytes *r);
 
 /* Rows [row, row + n) of a result that lies in these three places, or from base on. */

@@ -8,7 +8,7 @@ const char *const work_names[N_WORK] = {
     [WORK_LOAD] = "load",     [WORK_FORWARD] = "forward", [WORK_HESSIAN] = "hessian",
     [WORK_FACTOR] = "factor", [WORK_SEARCH] = "search",   [WORK_MEASURE] = "measure",
     [WORK_SWEEP] = "sweep",   [WORK_REFIT] = "refit",     [WORK_DESCEND] = "descend",
-    [WORK_TUNE] = "tune",     [WORK_DELIVER] = "deliver"};
+    [WORK_EXPERTS] = "experts", [WORK_TUNE] = "tune",     [WORK_DELIVER] = "deliver"};
 
 void work_begin(struct work_clock *c, double *seconds)
 {

@@ -15,6 +15,7 @@ enum work {
     WORK_SWEEP,
     WORK_REFIT,
     WORK_DESCEND,
+    WORK_EXPERTS, /* all of that for experts, side by side */
     WORK_TUNE,    /* AutoRound's iterations */
     WORK_DELIVER, /* codes packed, taken to the host, waiting for those who write them */
     N_WORK

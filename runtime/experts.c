@@ -24,6 +24,7 @@ void experts_lay_out(struct experts_room *r, void *base, uint64_t *at, const str
     r->weights = arena_take(base, at, DTYPE_F32, tokens, c->top_k);
     r->order = arena_take(base, at, DTYPE_I32, 1, rows);
     r->slots = arena_take(base, at, DTYPE_I32, tokens, c->top_k);
+    r->factors = arena_take(base, at, DTYPE_F32, 1, rows);
     r->gathered = arena_take(base, at, act, rows, h);
     r->gate_up = arena_take(base, at, act, rows, 2 * c->expert_size);
 }
@@ -34,15 +35,18 @@ int experts_open(struct experts_room *r, const struct gemma_config *c)
         return 0;
     r->host = mem_alloc((size_t)(2 * r->max_tokens * c->top_k + r->max_rows), sizeof *r->host, "tokens' experts");
     r->starts = mem_alloc((size_t)c->n_experts + 1, sizeof *r->starts, "tokens' experts");
-    return r->host && r->starts ? 0 : ERR_MEMORY;
+    r->host_factors = mem_alloc((size_t)r->max_rows, sizeof *r->host_factors, "tokens' experts");
+    return r->host && r->starts && r->host_factors ? 0 : ERR_MEMORY;
 }
 
 void experts_close(struct experts_room *r)
 {
     free(r->host);
     free(r->starts);
+    free(r->host_factors);
     r->host = NULL;
     r->starts = NULL;
+    r->host_factors = NULL;
 }
 
 int experts_route(const struct weights *w, int layer, const struct experts_room *r, const struct mat *x,
@@ -60,31 +64,44 @@ int experts_route(const struct weights *w, int layer, const struct experts_room 
     return rc ? rc : b->core->route(b, &logits, &k->expert_scales, chosen, weights);
 }
 
-int experts_assign(const struct weights *w, int layer, struct experts_room *r, const int32_t *chosen,
-                   int64_t tokens, const struct extra_row *extra, int64_t n_extra)
+/* Row i of those that are sorted: its expert (−1: none) and its token. */
+static struct extra_row row_at(const struct expert_tokens *t, int64_t i, int top_k)
 {
-    const struct backend *b = w->backend;
+    const int64_t n = t->n * top_k;
+    return i < n ? (struct extra_row){t->chosen[i], (int32_t)(i / top_k)} : t->extra[i - n];
+}
+
+int experts_assign(const struct weights *w, int layer, struct experts_room *r, const struct expert_tokens *t)
+{
+    const struct core_ops *core = w->backend->core;
     const struct block *k = &w->blocks[layer];
-    const int64_t n = tokens * k->top_k;
+    const int64_t n = t->n * k->top_k, all = n + t->n_extra;
     int32_t *order = r->host + r->max_tokens * k->top_k, *slots = order + r->max_rows;
     int64_t *next = r->starts; /* shifted by one place, so that placing rows leaves the beginnings */
-    CHECK(tokens <= r->max_tokens && n + n_extra <= r->max_rows);
+    CHECK(t->n <= r->max_tokens && all <= r->max_rows);
     memset(next, 0, ((size_t)k->n_experts + 1) * sizeof *next);
-    for (int64_t i = 0; i < n + n_extra; i++) {
-        const int32_t e = i < n ? chosen[i] : extra[i - n].expert;
-        if (e + 2 <= k->n_experts)
+    for (int64_t i = 0; i < all; i++) {
+        const int e = row_at(t, i, k->top_k).expert;
+        if (e >= 0 && e + 2 <= k->n_experts)
             next[e + 2]++;
     }
     for (int e = 2; e <= k->n_experts; e++)
         next[e] += next[e - 1];
-    for (int64_t i = 0; i < n + n_extra; i++) {
-        const int64_t row = next[(i < n ? chosen[i] : extra[i - n].expert) + 1]++;
-        order[row] = i < n ? (int32_t)(i / k->top_k) : extra[i - n].token;
+    for (int64_t i = 0; i < all; i++) {
+        const struct extra_row at = row_at(t, i, k->top_k);
+        if (at.expert < 0)
+            continue;
+        const int64_t row = next[at.expert + 1]++;
+        order[row] = at.token;
         if (i < n)
             slots[i] = (int32_t)row;
+        if (t->weights)
+            r->host_factors[row] = i < n ? t->weights[i] : t->extra_weight;
     }
-    const int rc = b->core->upload(b, r->order.data, order, (size_t)(n + n_extra) * sizeof *order);
-    return rc ? rc : b->core->upload(b, r->slots.data, slots, (size_t)n * sizeof *slots);
+    int rc = core->upload(w->backend, r->order.data, order, (size_t)all * sizeof *order);
+    if (!rc && t->weights)
+        rc = core->upload(w->backend, r->factors.data, r->host_factors, (size_t)all * sizeof *r->host_factors);
+    return rc ? rc : core->upload(w->backend, r->slots.data, slots, (size_t)n * sizeof *slots);
 }
 
 int experts_gather(const struct weights *w, int layer, const struct experts_room *r, const struct mat *x)
@@ -102,6 +119,11 @@ int experts_gather(const struct weights *w, int layer, const struct experts_room
 static struct mat rows_of(const struct experts_room *r, const struct mat *m, int expert)
 {
     return mat_rows(m, r->starts[expert], r->starts[expert + 1] - r->starts[expert]);
+}
+
+struct mat experts_input_rows(const struct experts_room *r, int expert)
+{
+    return rows_of(r, &r->gathered, expert);
 }
 
 struct mat experts_inner_rows(const struct weights *w, int layer, const struct experts_room *r, int expert)
@@ -160,7 +182,7 @@ int experts_add(const struct weights *w, int layer, struct experts_room *r, cons
     if (!rc)
         rc = b->core->download(b, r->host, chosen.data, (size_t)(tokens * chosen.cols) * sizeof *r->host);
     if (!rc)
-        rc = experts_assign(w, layer, r, r->host, tokens, NULL, 0);
+        rc = experts_assign(w, layer, r, &(struct expert_tokens){.n = tokens, .chosen = r->host});
     if (!rc)
         rc = experts_gather(w, layer, r, x);
     if (!rc)

@@ -13,8 +13,10 @@ struct experts_room {
     struct mat logits, sum;       /* F32 [tokens, experts], [tokens, hidden] */
     struct mat chosen, weights;   /* I32, F32 [tokens, top_k], of experts_add */
     struct mat order, slots;      /* I32 [1, rows]: the token of each; I32 [tokens, top_k]: the rows of a token */
+    struct mat factors;           /* F32 [1, rows]: the weight of each row's token, where it is asked for */
     struct mat gathered, gate_up; /* act [rows, hidden], [rows, 2·inner] */
     int32_t *host;                /* of chosen, order and slots */
+    float *host_factors;
     int64_t *starts;              /* [experts + 1], on the host */
 };
 
@@ -34,15 +36,27 @@ struct extra_row {
     int32_t expert, token;
 };
 
-/* Sorts tokens by the experts that take them: chosen [tokens, top_k], on the host, then extra. */
-int experts_assign(const struct weights *w, int layer, struct experts_room *r, const int32_t *chosen,
-                   int64_t tokens, const struct extra_row *extra, int64_t n_extra);
+/* Which tokens go where, on the host. */
+struct expert_tokens {
+    int64_t n;
+    const int32_t *chosen; /* [n, top_k]; −1: goes nowhere */
+    const struct extra_row *extra;
+    int64_t n_extra;
+    const float *weights; /* of what is chosen, for r->factors; NULL: those are not wanted */
+    float extra_weight;   /* of every extra one */
+};
+
+/* Sorts tokens by the experts that take them. */
+int experts_assign(const struct weights *w, int layer, struct experts_room *r, const struct expert_tokens *t);
 
 /* r->gathered: what the experts' gate and up read of x, expert by expert */
 int experts_gather(const struct weights *w, int layer, const struct experts_room *r, const struct mat *x);
 
 /* The first half of r->gate_up: what their down reads */
 int experts_inner(const struct weights *w, int layer, const struct experts_room *r);
+
+/* One expert's rows of either. */
+struct mat experts_input_rows(const struct experts_room *r, int expert);
 struct mat experts_inner_rows(const struct weights *w, int layer, const struct experts_room *r, int expert);
 
 /* branch, the MLP's result: act [tokens, hidden] = RMSNorm(branch) + RMSNorm(what the experts give) */

@@ -32,7 +32,7 @@ static int make_data(void **state)
 /* Rounds a set's weights towards 0, as no method would: what they give is far from what they gave. */
 static void coarsen(struct block *k, enum gemma_fused set)
 {
-    const struct linear_set *l = set_place(k, set);
+    const struct linear_set *l = set_place(k, set, SET_DENSE);
     for (int i = 0; i < l->n; i++) {
         const struct mat *w = &l->parts[i].weight;
         assert_true(w->dtype == DTYPE_BF16 && w->stride == w->cols);
@@ -135,7 +135,7 @@ static void check_tape(struct outcome *o, const struct capture *c, const struct 
 static void run_sets(struct capture *c, struct weights *w, int layer)
 {
     for (int set = 0; set < N_FUSED; set++) {
-        const struct linear_set *l = set_place(&w->blocks[layer], (enum gemma_fused)set);
+        const struct linear_set *l = set_place(&w->blocks[layer], (enum gemma_fused)set, SET_DENSE);
         const int64_t cols = l->parts[0].weight.cols;
         const struct mat h = matrix(cols, cols);
         assert_ok(capture_inputs(c, layer, (enum gemma_fused)set, &h));

@@ -1,0 +1,195 @@
+/* Mixtures of experts: each is a weight of its own under Hessians of its own, so that many can be quantized side by side. */
+#include "quantize/calibrate_impl.h"
+
+#include "base/err.h"
+#include "base/log.h"
+#include "base/mem.h"
+
+#include <stdlib.h>
+
+enum { DEVICE_WORKERS = 8 }; /* solvers that a device which is not the host is shared by */
+
+size_t calibrate_expert_sizes(const struct recipe_plan *plan, struct gptq_size out[2])
+{
+    static const enum gemma_fused kinds[2] = {FUSED_GATE_UP, FUSED_DOWN};
+    size_t n = 0;
+    for (size_t i = 0; !n && i < plan->n; i++) /* those of the first layer that has some: all are alike */
+        for (int k = 0; k < 2 && plan->linears[i].quantized && plan->linears[i].tensor->expert >= 0; k++) {
+            const struct set s = set_find(plan, plan->linears[i].tensor->layer, kinds[k], 0);
+            out[n++] = (struct gptq_size){s.rows, s.cols, set_group(&s)};
+        }
+    return n;
+}
+
+int calibrate_expert_workers(const struct backend *b)
+{
+    struct parallel *pool;
+    if (!b->host_memory || parallel_open(&pool, 0) < 0)
+        return DEVICE_WORKERS;
+    const int n = parallel_workers(pool);
+    parallel_close(pool);
+    return n;
+}
+
+int calibrate_open_experts(struct run *r, const struct calibrate_plan *plan)
+{
+    struct expert_solvers *x = &r->experts;
+    static struct work_clock uncounted; /* by themselves */
+    struct gptq_size sizes[2];
+    const size_t n = calibrate_expert_sizes(r->plan, sizes);
+    int64_t cols = 0;
+    for (size_t i = 0; i < n; i++)
+        cols = sizes[i].cols > cols ? sizes[i].cols : cols;
+    if (!n)
+        return 0;
+    x->at_once = plan->experts_at_once;
+    x->fewest = INT64_MAX;
+    pthread_mutex_init(&x->lock, NULL);
+    int rc = parallel_open(&x->pool, calibrate_expert_workers(r->b));
+    if (rc < 0)
+        return rc;
+    const int workers = parallel_workers(x->pool);
+    x->backends = mem_alloc((size_t)workers, sizeof *x->backends, "workers");
+    x->list = mem_alloc((size_t)workers, sizeof *x->list, "workers");
+    rc = x->backends && x->list ? 0 : ERR_MEMORY;
+    if (!rc)
+        rc = r->b->core->acquire(r->b, (size_t)(cols * cols * x->at_once) * sizeof(float), "experts' Hessians",
+                                 &x->hessian);
+    for (; !rc && x->n < workers; x->n++) {
+        rc = backend_open_beside(&x->backends[x->n], r->b);
+        if (!rc)
+            rc = solver_open(&x->list[x->n], r, &x->backends[x->n], sizes, n, &uncounted);
+    }
+    return rc;
+}
+
+void calibrate_close_experts(struct run *r)
+{
+    struct expert_solvers *x = &r->experts;
+    for (int i = 0; x->list && i < parallel_workers(x->pool); i++) {
+        solver_close(&x->list[i]);
+        if (x->backends[i].state)
+            backend_close(&x->backends[i]);
+    }
+    if (x->hessian.ptr)
+        r->b->core->release(r->b, &x->hessian);
+    if (x->pool)
+        pthread_mutex_destroy(&x->lock);
+    parallel_close(x->pool);
+    free(x->list);
+    free(x->backends);
+}
+
+/* --- some experts of a layer ------------------------------------------------------------------------------------ */
+
+struct expert_job {
+    struct run *r;
+    int layer, first;
+    enum gemma_fused kind;
+    int64_t cols;
+    const bool *known; /* [experts] */
+};
+
+static int solve_expert(void *ctx, size_t index, int worker)
+{
+    const struct expert_job *j = ctx;
+    struct run *r = j->r;
+    const int expert = j->first + (int)index;
+    const struct solver *v = &r->experts.list[worker];
+    struct linear_set *l = set_place(&r->weights.blocks[j->layer], j->kind, expert);
+    const struct mat all = {r->experts.hessian.ptr, DTYPE_F32, (int64_t)r->experts.at_once * j->cols, j->cols, j->cols},
+                     h = mat_rows(&all, (int64_t)index * j->cols, j->cols);
+    struct result result = {.set = set_find(r->plan, j->layer, j->kind, expert)};
+    if (j->known[expert])
+        return 0;
+    int rc = calibrate_check_finite(r, v, &result.set, l, result.n_nonfinite);
+    if (!rc)
+        rc = calibrate_solve(r, v, j->kind, l, &h, &result);
+    if (!rc)
+        rc = v->b->core->wait(v->b);
+    for (int i = 0; i < result.set.n; i++)
+        result.stats[i].n_tokens = capture_expert_tokens(r->capture, expert);
+    pthread_mutex_lock(&r->experts.lock);
+    if (!rc)
+        rc = calibrate_send(r, v, &result);
+    pthread_mutex_unlock(&r->experts.lock);
+    return rc;
+}
+
+/* One kind of set of all experts, as many at once as there is room for their Hessians. */
+static int run_kind(struct run *r, int layer, enum gemma_fused kind, const bool *known)
+{
+    const int n_experts = (int)r->m->gemma.n_experts;
+    const struct set some = set_find(r->plan, layer, kind, 0);
+    struct expert_job j = {.r = r, .layer = layer, .kind = kind, .cols = some.cols, .known = known};
+    int rc = 0;
+    for (; !rc && j.first < n_experts; j.first += r->experts.at_once) {
+        const int left = n_experts - j.first, n = left < r->experts.at_once ? left : r->experts.at_once;
+        const struct mat h = {r->experts.hessian.ptr, DTYPE_F32, n * some.cols, some.cols, some.cols};
+        bool all_known = true;
+        for (int e = j.first; e < j.first + n; e++)
+            all_known = all_known && known[e];
+        if (all_known)
+            continue;
+        rc = r->b->core->zero(r->b, &h);
+        if (!rc)
+            rc = capture_expert_inputs(r->capture, layer, kind, j.first, n, &h);
+        if (!rc)
+            rc = r->b->core->wait(r->b);
+        if (!rc)
+            rc = parallel_for(r->experts.pool, (size_t)n, solve_expert, &j);
+        if (!rc)
+            rc = work_spent(&r->clock, r->b, WORK_EXPERTS);
+    }
+    return rc;
+}
+
+/* known: [experts] */
+static int recall_kind(struct run *r, int layer, enum gemma_fused kind, bool *known)
+{
+    int rc = 0;
+    for (int e = 0; rc >= 0 && e < (int)r->m->gemma.n_experts; e++) {
+        const struct set s = set_find(r->plan, layer, kind, e);
+        rc = calibrate_take_known(r, &s, set_place(&r->weights.blocks[layer], kind, e));
+        known[e] = rc > 0;
+    }
+    return rc < 0 ? rc : 0;
+}
+
+static void note_starved(struct run *r, int layer)
+{
+    struct expert_solvers *x = &r->experts;
+    const int64_t floor = capture_expert_floor(&r->m->gemma, r->data);
+    for (int e = 0; e < (int)r->m->gemma.n_experts; e++) {
+        const int64_t n = capture_expert_tokens(r->capture, e);
+        x->n_starved += n < floor;
+        if (n >= x->fewest)
+            continue;
+        x->fewest = n;
+        x->fewest_layer = layer;
+        x->fewest_expert = e;
+    }
+    if (layer + 1 == (int)r->m->gemma.n_layers && x->n_starved)
+        log_warn("the text sent fewer than %lld tokens to %lld of %lld experts (fewest: %lld, layer %d, expert %d); they "
+                 "got others up to that; more samples would help",
+                 (long long)floor, (long long)x->n_starved,
+                 (long long)(r->m->gemma.n_layers * r->m->gemma.n_experts), (long long)x->fewest,
+                 x->fewest_layer, x->fewest_expert);
+}
+
+int calibrate_run_experts(struct run *r, int layer)
+{
+    static const enum gemma_fused kinds[2] = {FUSED_GATE_UP, FUSED_DOWN};
+    const struct set some = set_find(r->plan, layer, FUSED_GATE_UP, 0);
+    bool *known = mem_alloc((size_t)r->m->gemma.n_experts, sizeof *known, "experts");
+    int rc = known ? capture_route(r->capture, layer) : ERR_MEMORY;
+    for (int k = 0; !rc && set_quantized(&some) && k < 2; k++) {
+        rc = recall_kind(r, layer, kinds[k], known);
+        if (!rc)
+            rc = run_kind(r, layer, kinds[k], known);
+    }
+    if (!rc && set_quantized(&some))
+        note_starved(r, layer);
+    free(known);
+    return rc;
+}

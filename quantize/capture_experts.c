@@ -1,0 +1,203 @@
+#include "quantize/capture_impl.h"
+
+#include "base/err.h"
+#include "base/mem.h"
+#include "kernels/arena.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* --- memory ----------------------------------------------------------------------------------------------------- */
+
+int64_t capture_expert_floor(const struct gemma_config *c, const struct dataset *data)
+{
+    const int64_t tokens = data->samples * data->length;
+    return tokens < c->hidden_size ? tokens : c->hidden_size;
+}
+
+/* Extra rows of a batch, if every expert were starved: each its share of the text, rounded up. */
+static int64_t most_extra(const struct gemma_config *c, const struct dataset *data, int64_t rows)
+{
+    const int64_t tokens = data->samples * data->length, floor = capture_expert_floor(c, data);
+    return c->n_experts * (floor * rows / tokens + 1);
+}
+
+void routes_lay_out(struct capture *c, void *base, uint64_t *at, const struct gemma_config *g, enum dtype act,
+                    int64_t tokens, int64_t rows)
+{
+    struct routes *r = &c->routes;
+    if (!g->n_experts)
+        return;
+    r->max_extra = most_extra(g, c->data, rows);
+    r->chosen = arena_take(base, at, DTYPE_I32, tokens, g->top_k);
+    r->weights = arena_take(base, at, DTYPE_F32, tokens, g->top_k);
+    experts_lay_out(&r->room, base, at, g, act, rows, rows * g->top_k + r->max_extra);
+}
+
+int routes_open(struct capture *c)
+{
+    struct routes *r = &c->routes;
+    const struct gemma_config *g = &c->w->config;
+    const size_t all = (size_t)(c->data->samples * c->data->length * g->top_k);
+    r->layer = -1;
+    if (!g->n_experts)
+        return 0;
+    r->host = mem_alloc(all, sizeof *r->host, "tokens' experts");
+    r->host_weights = mem_alloc(all, sizeof *r->host_weights, "tokens' experts");
+    r->picked = mem_alloc((size_t)(r->room.max_tokens * g->top_k), sizeof *r->picked, "tokens' experts");
+    r->counts = mem_alloc((size_t)g->n_experts, sizeof *r->counts, "tokens' experts");
+    r->extra = mem_alloc((size_t)r->max_extra, sizeof *r->extra, "tokens' experts");
+    if (!r->host || !r->host_weights || !r->picked || !r->counts || !r->extra)
+        return ERR_MEMORY;
+    return experts_open(&r->room, g);
+}
+
+void routes_close(struct routes *r)
+{
+    experts_close(&r->room);
+    free(r->host);
+    free(r->host_weights);
+    free(r->picked);
+    free(r->counts);
+    free(r->extra);
+}
+
+/* --- the router ------------------------------------------------------------------------------------------------- */
+
+static bool left_out(const struct capture *c, int64_t token)
+{
+    return c->skip_id >= 0 && c->data->ids[token] == c->skip_id;
+}
+
+/* The residual stream of a batch, with attention's branch, on the device. */
+static int fetch(const struct capture *c, const struct token_batch *t, struct mat *x)
+{
+    *x = states_rows(&c->middle, t);
+    return states_fetch(c->w->backend, &c->middle, t);
+}
+
+static int download(const struct backend *b, void *to, const struct mat *from)
+{
+    return b->core->download(b, to, from->data,
+                             (size_t)(from->rows * from->cols) * dtype_bytes(from->dtype));
+}
+
+int capture_route(struct capture *c, int layer)
+{
+    struct routes *r = &c->routes;
+    const struct backend *b = c->w->backend;
+    const int k = c->w->blocks[layer].top_k;
+    int rc = 0;
+    for (struct token_batch t = {0}; !rc && capture_next_batch(c, &t);) {
+        const struct mat chosen = mat_rows(&r->chosen, t.first_row, t.rows),
+                         weights = mat_rows(&r->weights, t.first_row, t.rows);
+        struct mat x;
+        rc = fetch(c, &t, &x);
+        if (!rc)
+            rc = experts_route(c->w, layer, &r->room, &x, &chosen, &weights);
+    }
+    if (!rc)
+        rc = download(b, r->host, &r->chosen);
+    if (!rc)
+        rc = download(b, r->host_weights, &r->weights);
+    memset(r->counts, 0, (size_t)c->w->config.n_experts * sizeof *r->counts);
+    for (int64_t i = 0; !rc && i < r->chosen.rows * k; i++)
+        r->counts[r->host[i]] += !left_out(c, i / k);
+    r->layer = layer;
+    return rc ? rc : work_spent(c->clock, b, WORK_FORWARD);
+}
+
+int64_t capture_expert_tokens(const struct capture *c, int expert)
+{
+    return c->routes.counts[expert];
+}
+
+/* --- inputs ----------------------------------------------------------------------------------------------------- */
+
+/* The rows of a batch that experts [first, first + n) are calibrated on. */
+static struct expert_tokens pick_tokens(const struct capture *c, const struct token_batch *t, int first, int n)
+{
+    const struct routes *r = &c->routes;
+    const int k = c->w->blocks[r->layer].top_k;
+    const int64_t tokens = r->chosen.rows, floor = capture_expert_floor(&c->w->config, c->data);
+    struct expert_tokens out = {.n = t->rows,
+                                .chosen = r->picked,
+                                .weights = r->host_weights + t->first_row * k,
+                                .extra = r->extra,
+                                .extra_weight = 1.0f / (float)k};
+    for (int64_t i = 0; i < t->rows * k; i++) {
+        const int e = r->host[t->first_row * k + i];
+        r->picked[i] = e < first || e >= first + n || left_out(c, t->first_row + i / k) ? -1 : e;
+    }
+    for (int e = first; e < first + n; e++) {
+        const int64_t missing = floor - r->counts[e];
+        for (int64_t i = t->first_row; missing > 0 && i < t->first_row + t->rows; i++)
+            if ((i + 1) * missing / tokens > i * missing / tokens && !left_out(c, i))
+                r->extra[out.n_extra++] = (struct extra_row){e, (int32_t)(i - t->first_row)};
+    }
+    return out;
+}
+
+/* A batch's inputs of the experts, each row weighed by what its expert counts for: an error there does. */
+static int gather(struct capture *c, int layer, enum gemma_fused set, const struct mat *x)
+{
+    const struct routes *r = &c->routes;
+    const struct backend *b = c->w->backend;
+    const struct block *k = &c->w->blocks[layer];
+    const int64_t n = r->room.starts[k->n_experts];
+    const struct mat factors = mat_cols(&r->room.factors, 0, n), all = mat_rows(&r->room.gathered, 0, n),
+                     gate_up = mat_rows(&r->room.gate_up, 0, n), inner = mat_cols(&gate_up, 0, k->expert_inner);
+    int rc = experts_gather(c->w, layer, &r->room, x);
+    if (!rc && set == FUSED_DOWN)
+        rc = experts_inner(c->w, layer, &r->room);
+    const struct mat *inputs = set == FUSED_DOWN ? &inner : &all;
+    if (!rc)
+        rc = work_spent(c->clock, b, WORK_FORWARD);
+    return rc || !n ? rc : b->core->gather_rows(b, inputs, NULL, &factors, inputs);
+}
+
+int capture_expert_inputs(struct capture *c, int layer, enum gemma_fused set, int first, int n,
+                          const struct mat *h)
+{
+    struct experts_room *room = &c->routes.room;
+    const struct backend *b = c->w->backend;
+    int rc = 0;
+    CHECK(c->routes.layer == layer);
+    for (struct token_batch t = {0}; !rc && capture_next_batch(c, &t);) {
+        const struct expert_tokens tokens = pick_tokens(c, &t, first, n);
+        struct mat x;
+        rc = fetch(c, &t, &x);
+        if (!rc)
+            rc = experts_assign(c->w, layer, room, &tokens);
+        if (!rc)
+            rc = gather(c, layer, set, &x);
+        for (int e = first; !rc && e < first + n; e++) {
+            const struct mat rows = set == FUSED_DOWN ? experts_inner_rows(c->w, layer, room, e)
+                                                      : experts_input_rows(room, e),
+                             own = mat_rows(h, (e - first) * h->cols, h->cols);
+            if (rows.rows)
+                rc = b->quant->hessian_add(b, &rows, &own);
+        }
+        if (!rc)
+            rc = work_spent(c->clock, b, WORK_HESSIAN);
+        if (!rc && err_interrupt_requested())
+            rc = err_interrupted();
+    }
+    return rc;
+}
+
+int routes_join(struct step *s)
+{
+    struct capture *c = s->c;
+    struct routes *r = &c->routes;
+    const struct mat weights = mat_rows(&r->weights, s->batch->first_row, s->batch->rows);
+    const int64_t first = s->batch->first_row * weights.cols;
+    CHECK(r->layer == s->layer);
+    int rc = experts_assign(c->w, s->layer, &r->room,
+                            &(struct expert_tokens){.n = s->batch->rows, .chosen = r->host + first});
+    if (!rc)
+        rc = experts_gather(c->w, s->layer, &r->room, &s->x);
+    if (!rc)
+        rc = experts_inner(c->w, s->layer, &r->room);
+    return rc ? rc : experts_join(c->w, s->layer, &r->room, &weights, &s->branch);
+}
