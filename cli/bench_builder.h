@@ -32,6 +32,9 @@ double bench_bytes(const struct bench_builder *k, const struct bench_case *c);
 /* The weight that a case's codes and scales stand for. */
 struct qmat bench_packed(const struct bench_case *c, const struct mat *words, const struct mat *scales);
 
+/* 4 bits, groups of 128: codes and scales of a [rows, cols] weight. */
+void bench_packed_weight(struct bench_case *c, enum operand_use use, int64_t rows, int64_t cols);
+
 /* The linears of a layer, as far as they are one product. */
 enum { BENCH_LINEARS = 4 };
 
@@ -41,6 +44,9 @@ struct bench_linear {
 };
 
 void bench_linears(const struct gemma_config *g, struct bench_linear out[BENCH_LINEARS]);
+
+/* What a layer with experts does besides, where the model has such layers. */
+void bench_expert_cases(struct bench_builder *k);
 
 /* The gradients of a layer's operations, but for attention's, and the step of a tuning. */
 void bench_train_cases(struct bench_builder *k);

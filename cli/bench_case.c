@@ -35,10 +35,19 @@ static int acquire(const struct backend *b, const struct operand *o, const char 
     return out->ptr ? 0 : ERR_MEMORY;
 }
 
-static void fill_ids(const struct operand *o, uint64_t seed, int32_t *ids)
+static int fill_ids(const struct backend *b, const struct operand *o, uint64_t seed, const struct mat *m)
 {
-    for (int64_t i = 0; i < o->rows * o->cols; i++)
-        ids[i] = (int32_t)(bench_mix(seed + (uint64_t)i) % (uint64_t)o->limit);
+    const size_t n = (size_t)(o->rows * o->cols);
+    int32_t *ids = o->host ? m->data : mem_alloc(n, sizeof *ids, "made-up indices");
+    if (!ids)
+        return ERR_MEMORY;
+    for (size_t i = 0; i < n; i++)
+        ids[i] = (int32_t)(bench_mix(seed + i) % (uint64_t)o->limit);
+    if (o->host)
+        return 0;
+    const int rc = b->core->upload(b, m->data, ids, n * sizeof *ids);
+    free(ids);
+    return rc;
 }
 
 /* A NaN or infinity behind the middle of a BF16 matrix. */
@@ -54,10 +63,8 @@ static int fill(const struct backend *b, struct parallel *pool, const struct ope
     struct bench_values v;
     const struct backend *where = b;
     const struct backend host = {.host_memory = true};
-    if (o->fill == FILL_IDS) {
-        fill_ids(o, seed, m->data);
-        return 0;
-    }
+    if (o->fill == FILL_IDS)
+        return fill_ids(b, o, seed, m);
     if (o->fill == FILL_ZERO)
         return b->core->zero(b, m);
     if (o->host)

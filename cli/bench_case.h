@@ -42,7 +42,7 @@ struct bench_case {
     struct norm_spec norm;
     struct heads heads;
     struct sequences sequences;
-    int64_t window, cols, group;
+    int64_t window, cols, group, n_experts;
     int bits;
     enum scale_rule rule;
 };

@@ -228,8 +228,7 @@ static int run_q_gemm(const struct backend *b, const struct bench_case *c, const
     return b->core->q_gemm(b, &m[0], &w, &m[3]);
 }
 
-/* 4 bits, groups of 128: codes and scales of a [rows, cols] weight. */
-static void packed_weight(struct bench_case *c, enum operand_use use, int64_t rows, int64_t cols)
+void bench_packed_weight(struct bench_case *c, enum operand_use use, int64_t rows, int64_t cols)
 {
     c->bits = 4;
     c->group = cols < 128 ? cols : 128;
@@ -249,7 +248,7 @@ static void add_product(struct bench_builder *k, const char *name, bool quantize
                   "%s [%lld, %lld] × %lld", name, (long long)rows, (long long)cols, (long long)n);
     bench_activations(c, OPERAND_IN, n, cols);
     if (quantized)
-        packed_weight(c, OPERAND_IN, rows, cols);
+        bench_packed_weight(c, OPERAND_IN, rows, cols);
     else
         bench_weight(c, rows, cols);
     if (f32)
@@ -453,7 +452,7 @@ static void add_quant(struct bench_builder *k)
         struct bench_case *c = bench_add(k, ops[i], runs[i], "%s%s[%lld, %lld]", i < 3 ? rules[i] : "",
                                          i < 3 ? " " : "", (long long)rows, (long long)cols);
         bench_weight(c, rows, cols);
-        packed_weight(c, OPERAND_IN, rows, cols);
+        bench_packed_weight(c, OPERAND_IN, rows, cols);
         c->rule = i < 3 ? (enum scale_rule)i : SCALE_RANGE;
         c->exact = c->alone = true;
         c->bytes = bench_bytes(k, c);
@@ -482,6 +481,7 @@ int bench_cases(struct bench_case out[MAX_CASES], const struct gemma_config *c, 
     add_products(&k);
     add_logits(&k);
     add_quant(&k);
+    bench_expert_cases(&k);
     bench_train_cases(&k);
     return k.n;
 }

@@ -70,6 +70,12 @@ int cuda_attention(const struct backend *b, const struct attention_spec *spec, c
                    const struct mat *lse);
 int cuda_geglu(const struct backend *b, const struct mat *gate, const struct mat *up, const struct mat *out);
 int cuda_over_norm(const struct backend *b, const struct mat *x, const struct mat *y, const struct mat *out);
+int cuda_route(const struct backend *b, const struct mat *logits, const struct mat *factors,
+               const struct mat *experts, const struct mat *weights);
+int cuda_gather_rows(const struct backend *b, const struct mat *x, const struct mat *rows,
+                     const struct mat *factors, const struct mat *out);
+int cuda_combine_rows(const struct backend *b, const struct mat *y, const struct mat *slots,
+                      const struct mat *weights, const struct mat *out);
 int cuda_softcap(const struct backend *b, const struct mat *x, float cap);
 int cuda_scale(const struct backend *b, float factor, const struct mat *x, bool add, const struct mat *out);
 int cuda_compare_rows(const struct backend *b, const struct mat *logits_a, const struct mat *logits_b,

@@ -239,6 +239,9 @@ static struct core_ops make_core_ops(void)
     o.attention = cuda_attention;
     o.geglu = cuda_geglu;
     o.over_norm = cuda_over_norm;
+    o.route = cuda_route;
+    o.gather_rows = cuda_gather_rows;
+    o.combine_rows = cuda_combine_rows;
     o.softcap = cuda_softcap;
     o.scale = cuda_scale;
     o.compare_rows = cuda_compare_rows;

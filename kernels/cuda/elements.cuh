@@ -39,15 +39,30 @@ template <typename T, int V> static __device__ __forceinline__ void load(const T
         out[i] = to_float(v.e[i]);
 }
 
+/* To memory of the device only, with instructions that say how wide they are: left to itself the compiler breaks some of
+ * these stores up into elements. */
 template <typename T, int V> static __device__ __forceinline__ void store(T *p, const float *x)
 {
-    struct alignas(V * sizeof(T)) vec {
+    constexpr int BYTES = V * sizeof(T);
+    struct alignas(BYTES < 16 ? BYTES : 16) vec {
         T e[V];
     } v;
 #pragma unroll
     for (int i = 0; i < V; i++)
         v.e[i] = from_float<T>(x[i]);
-    *(struct vec *)p = v;
+    if constexpr (BYTES % 16 == 0) {
+        uint4 words[BYTES / 16];
+        memcpy(words, &v, BYTES);
+#pragma unroll
+        for (int i = 0; i < BYTES / 16; i++)
+            __stwb((uint4 *)p + i, words[i]);
+    } else if constexpr (BYTES == 8) {
+        uint2 words;
+        memcpy(&words, &v, BYTES);
+        __stwb((uint2 *)p, words);
+    } else {
+        *(struct vec *)p = v;
+    }
 }
 
 /* --- weights of norms ---------------------------------------------------------------------------------------------- */

@@ -1,4 +1,5 @@
-/* cuBLASLt: its handle, and for every shape the algorithm that was chosen for it. */
+/* cuBLASLt: its handle, and for every shape the algorithm that was chosen for it; rows of x, which may be any number from
+ * call to call, are looked up in steps. */
 #include "kernels/cuda/lt.cuh"
 
 extern "C" {
@@ -9,9 +10,15 @@ extern "C" {
 #include <stdlib.h>
 #include <string.h>
 
-enum { PLAN_SETS = 512, PLANS_EACH = 4 };
+enum {
+    PLAN_SETS = 512,
+    PLANS_EACH = 4,
+    /* Numbers of rows between these take the algorithm of the next step; from a power of two to the next there are eight. */
+    STEPS_FROM = 16,
+    STEPS_TO = 4096,
+};
 
-/* What the choice of an algorithm may depend on; no padding, so that it can be compared as bytes. */
+/* What the choice of an algorithm depends on; no padding, so that it can be compared as bytes. */
 struct shape {
     int64_t n, m, k, x_stride, y_stride, out_stride;
     int32_t x_transposed, y_transposed, out_type, x_align, y_align, out_align;
@@ -133,11 +140,13 @@ static int open_layouts(struct layouts *l, const struct lt_product *p, const cha
     return rc;
 }
 
-/* The library's first choice among algorithms that add in a fixed order: no sums by atomics, none split over blocks. */
-static int choose(struct products *p, const struct shape *s, const struct layouts *l, const char *op,
+/* The library's first choice among algorithms that add in a fixed order: no sums by atomics, none split over blocks. s: of
+ * the product. */
+static int choose(struct products *p, const struct lt_product *product, const struct shape *s, const char *op,
                   cublasLtMatmulAlgo_t *algo)
 {
     cublasLtMatmulPreference_t pref = NULL;
+    struct layouts l;
     cublasLtMatmulHeuristicResult_t result;
     const uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_NONE, x = s->x_align, y = s->y_align,
                    out = s->out_align;
@@ -153,14 +162,16 @@ static int choose(struct products *p, const struct shape *s, const struct layout
         {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &out, sizeof out},
         {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &out, sizeof out},
     };
-    int n = 0, rc = blas_status(cublasLtMatmulPreferenceCreate(&pref), op);
+    int n = 0, rc = open_layouts(&l, product, op);
+    if (!rc)
+        rc = blas_status(cublasLtMatmulPreferenceCreate(&pref), op);
     for (size_t i = 0; !rc && i < sizeof settings / sizeof *settings; i++)
         rc = blas_status(cublasLtMatmulPreferenceSetAttribute(pref, settings[i].name, settings[i].value,
                                                               settings[i].bytes),
                          op);
     if (!rc)
         rc = blas_status(cublasLtMatmulAlgoGetHeuristic(p->lt, p->descs[s->y_transposed][s->x_transposed],
-                                                        l->y, l->x, l->out, l->out, pref, 1, &result, &n),
+                                                        l.y, l.x, l.out, l.out, pref, 1, &result, &n),
                          op);
     if (!rc && n == 0)
         rc = err_set(ERR_UNSUPPORTED, "%s: cuBLAS has no algorithm for [%lld, %lld]%s · [%lld, %lld]%s", op,
@@ -171,6 +182,7 @@ static int choose(struct products *p, const struct shape *s, const struct layout
         *algo = result.algo;
     if (pref)
         cublasLtMatmulPreferenceDestroy(pref);
+    close_layouts(&l);
     return rc;
 }
 
@@ -183,27 +195,6 @@ static unsigned set_of(const struct shape *s)
     for (size_t i = 0; i < sizeof words / sizeof *words; i++)
         h = (h ^ words[i]) * 0x100000001b3u;
     return (unsigned)((h ^ h >> 32) % PLAN_SETS);
-}
-
-static int find_plan(struct products *p, const struct shape *s, const struct layouts *l, const char *op,
-                     const cublasLtMatmulAlgo_t **out)
-{
-    struct plan_set *set = &p->sets[set_of(s)];
-    for (int i = 0; i < set->n; i++)
-        if (!memcmp(&set->plans[i].shape, s, sizeof *s)) {
-            *out = &set->plans[i].algo;
-            return 0;
-        }
-    cublasLtMatmulAlgo_t algo;
-    const int rc = choose(p, s, l, op, &algo);
-    if (rc < 0)
-        return rc;
-    struct plan *plan = &set->plans[set->next];
-    *plan = (struct plan){*s, algo};
-    set->next = (set->next + 1) % PLANS_EACH;
-    set->n = set->n < PLANS_EACH ? set->n + 1 : PLANS_EACH;
-    *out = &plan->algo;
-    return 0;
 }
 
 /* The greatest power of two, at most 256, that every row's address is a multiple of. */
@@ -221,32 +212,87 @@ static struct shape shape_of(const struct lt_product *p)
                           alignment(&p->x), alignment(&p->y), alignment(&p->out)};
 }
 
+static int find_plan(struct products *p, const struct lt_product *product, const char *op,
+                     const cublasLtMatmulAlgo_t **out)
+{
+    const struct shape s = shape_of(product);
+    struct plan_set *set = &p->sets[set_of(&s)];
+    for (int i = 0; i < set->n; i++)
+        if (!memcmp(&set->plans[i].shape, &s, sizeof s)) {
+            *out = &set->plans[i].algo;
+            return 0;
+        }
+    cublasLtMatmulAlgo_t algo;
+    const int rc = choose(p, product, &s, op, &algo);
+    if (rc < 0)
+        return rc;
+    struct plan *plan = &set->plans[set->next];
+    *plan = (struct plan){s, algo};
+    set->next = (set->next + 1) % PLANS_EACH;
+    set->n = set->n < PLANS_EACH ? set->n + 1 : PLANS_EACH;
+    *out = &plan->algo;
+    return 0;
+}
+
+/* The number of rows whose algorithm these take. An expert's rows are ever other numbers, and asking the library about each
+ * of them would keep the device waiting. From 1024 on a step is at least 128, as a tile is. */
+static int64_t standing_for(int64_t rows)
+{
+    int64_t step = 1;
+    if (rows <= STEPS_FROM || rows >= STEPS_TO)
+        return rows;
+    while (16 * step < rows)
+        step *= 2;
+    return (rows + step - 1) / step * step;
+}
+
+/* The product as it is looked up. Rows of x are rows of out too or, with x transposed, of y. */
+static struct lt_product looked_up(const struct lt_product *p)
+{
+    struct lt_product q = *p;
+    q.x.rows = standing_for(p->x.rows);
+    (p->x_transposed ? &q.y : &q.out)->rows = q.x.rows;
+    return q;
+}
+
+/* p by the algorithm for `by`: p itself or what it is looked up as. *status: what the library says to that. */
+static int multiply_by(struct products *products, const struct backend *b, const struct lt_product *p,
+                       const struct lt_product *by, const char *op, cublasStatus_t *status)
+{
+    struct layouts l;
+    const cublasLtMatmulAlgo_t *algo;
+    const float alpha = p->alpha, beta = p->add ? 1 : 0;
+    int rc = open_layouts(&l, p, op);
+    if (!rc)
+        rc = find_plan(products, by, op, &algo);
+    if (!rc)
+        *status = cublasLtMatmul(products->lt, products->descs[p->y_transposed][p->x_transposed], &alpha,
+                                 p->y.data, l.y, p->x.data, l.x, &beta, p->out.data, l.out, p->out.data,
+                                 l.out, algo, (char *)cuda_state(b)->scratch + OPERAND_BYTES,
+                                 LT_WORKSPACE_BYTES, cuda_state(b)->stream);
+    close_layouts(&l);
+    return rc;
+}
+
 extern "C" int lt_multiply(const struct backend *b, const struct lt_product *p, const char *op)
 {
     const struct shape s = shape_of(p);
     CHECK(p->x.dtype == DTYPE_BF16 && p->y.dtype == DTYPE_BF16);
     CHECK((p->x_transposed ? p->x.cols : p->x.rows) == s.n &&
           (p->y_transposed ? p->y.rows : p->y.cols) == s.m);
-    CHECK((p->y_transposed ? p->y.cols : p->y.rows) == s.k);
+    CHECK((p->y_transposed ? p->y.cols : p->y.rows) == s.k && !(p->x_transposed && p->y_transposed));
+    const struct lt_product by = looked_up(p);
+    cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
     struct products *products;
     void *scratch;
     int rc = get_products(b, &products);
     if (!rc)
         rc = cuda_scratch(b, &scratch);
-    if (rc < 0)
-        return rc;
-    struct layouts l;
-    const cublasLtMatmulAlgo_t *algo;
-    const float alpha = p->alpha, beta = p->add ? 1 : 0;
-    rc = open_layouts(&l, p, op);
     if (!rc)
-        rc = find_plan(products, &s, &l, op, &algo);
-    if (!rc)
-        rc = blas_status(cublasLtMatmul(products->lt, products->descs[p->y_transposed][p->x_transposed],
-                                        &alpha, p->y.data, l.y, p->x.data, l.x, &beta, p->out.data, l.out,
-                                        p->out.data, l.out, algo, (char *)scratch + OPERAND_BYTES,
-                                        LT_WORKSPACE_BYTES, cuda_state(b)->stream),
-                         op);
-    close_layouts(&l);
-    return rc;
+        rc = multiply_by(products, b, p, &by, op, &status);
+    /* an algorithm that does not take fewer rows than it was chosen for has done nothing */
+    if (!rc && by.x.rows != p->x.rows &&
+        (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE))
+        rc = multiply_by(products, b, p, p, op, &status);
+    return rc ? rc : blas_status(status, op);
 }

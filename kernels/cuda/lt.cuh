@@ -9,7 +9,7 @@ static const size_t LT_WORKSPACE_BYTES = (size_t)32 << 20,
                     OPERAND_BYTES = CUDA_SCRATCH_BYTES - LT_WORKSPACE_BYTES;
 
 /* out [n, m] = (add ? out : 0) + alpha·x·y, where x is [n, k] or, transposed, lies there as [k, n], and y is [k, m] or,
- * transposed, lies there as [m, k]. x, y: BF16; out: BF16 or F32. n, m, k > 0. */
+ * transposed, lies there as [m, k]; not both. x, y: BF16; out: BF16 or F32. n, m, k > 0. */
 struct lt_product {
     struct mat x, y, out;
     bool x_transposed, y_transposed, add;

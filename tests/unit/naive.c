@@ -123,6 +123,11 @@ double naive_element(const struct mat *m, int64_t row, int64_t col)
         memcpy(&f, (const char *)m->data + 4 * at, sizeof f);
         return f;
     }
+    if (m->dtype == DTYPE_I32) {
+        int32_t i;
+        memcpy(&i, (const char *)m->data + 4 * at, sizeof i);
+        return i;
+    }
     uint16_t h;
     memcpy(&h, (const char *)m->data + 2 * at, sizeof h);
     return naive_value16(h, m->dtype == DTYPE_F16 ? 5 : 8);

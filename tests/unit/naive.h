@@ -41,7 +41,7 @@ void naive_pack(const int *codes, int64_t n, int bits, uint32_t *words);
 /* Σ (w − (code − zero)·scale)² over n weights, not rounded to BF16. */
 double naive_error(const double *w, int64_t n, double scale, int zero, int bits);
 
-/* One element of a matrix of BF16, F16 or F32 as a double. */
+/* One element of a matrix of BF16, F16, F32 or I32 as a double. */
 double naive_element(const struct mat *m, int64_t row, int64_t col);
 
 /* ∂f/∂*x by the central difference f(*x + step) − f(*x − step); x points into what f reads, and keeps its value. */

@@ -1,0 +1,308 @@
+/* Mixtures of experts: which experts a token goes to and how much each counts, rows of tokens side by side for an
+ * expert's products, and the experts' results added up again. A warp takes a row, or a piece of one. */
+#include "kernels/cuda/elements.cuh"
+
+enum {
+    WARPS = THREADS / 32,
+    PIECES = 2, /* of a row, that a lane has under way at a time */
+};
+
+static const unsigned ALL = 0xffffffffu;
+
+static unsigned blocks_of(int64_t warps)
+{
+    return (unsigned)((warps + WARPS - 1) / WARPS);
+}
+
+static __device__ __forceinline__ int64_t warp_of_grid(void)
+{
+    return (int64_t)blockIdx.x * WARPS + threadIdx.x / 32;
+}
+
+/* --- routing ------------------------------------------------------------------------------------------------------ */
+
+struct route_job {
+    const float *logits;
+    const void *factors; /* NULL: all ones */
+    enum dtype factors_dtype;
+    int32_t *experts;
+    float *weights;
+    int64_t rows, logits_stride, experts_stride, weights_stride;
+    int n, k;
+};
+
+/* Greater where the number is; > 0 but for NaNs. −0 is 0. */
+static __device__ __forceinline__ unsigned sort_key(float x)
+{
+    const unsigned bits = __float_as_uint(x + 0.0f);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+/* Of a lane's E logits those that are not chosen yet: the greatest, of equals the first. */
+template <int E> static __device__ __forceinline__ unsigned greatest(const float *x, unsigned gone, int *at)
+{
+    unsigned best = 0;
+#pragma unroll
+    for (int i = 0; i < E; i++) {
+        const unsigned key = gone >> i & 1 ? 0 : sort_key(x[i]);
+        *at = key > best ? i : *at;
+        best = key > best ? key : best;
+    }
+    return best;
+}
+
+/* Which of the lane's logits are among the row's k greatest, as bits; *highest: the row's greatest. Of lanes with equals
+ * the lowest has the first, for a lane's logits are neighbours. */
+template <int E>
+static __device__ __forceinline__ unsigned choose(const float *x, unsigned absent, int k, float *highest)
+{
+    const int lane = threadIdx.x % 32;
+    int at = 0;
+    unsigned gone = absent, best = greatest<E>(x, gone, &at);
+    for (int round = 0; round < k; round++) {
+        const unsigned top = __reduce_max_sync(ALL, best);
+        const int owner = __ffs(__ballot_sync(ALL, best == top)) - 1;
+        if (round == 0)
+            *highest = __uint_as_float(top & 0x80000000u ? top ^ 0x80000000u : ~top);
+        if (lane == owner) {
+            gone |= 1u << at;
+            best = greatest<E>(x, gone, &at);
+        }
+    }
+    return gone & ~absent;
+}
+
+/* Σ over the lanes before this one. */
+static __device__ __forceinline__ int sum_before(int own)
+{
+    int sum = own;
+    for (int i = 1; i < 32; i *= 2) {
+        const int other = __shfl_up_sync(ALL, sum, i);
+        sum += (int)(threadIdx.x % 32) >= i ? other : 0;
+    }
+    return sum - own;
+}
+
+/* A lane has the E logits from lane·E on, so that the chosen ones come in ascending order, lane by lane. */
+template <int E> static __global__ void __launch_bounds__(THREADS) route_kernel(struct route_job j)
+{
+    const int64_t row = warp_of_grid();
+    const int first = threadIdx.x % 32 * E;
+    if (row >= j.rows)
+        return;
+    const float *logits = j.logits + row * j.logits_stride + first;
+    int32_t *experts = j.experts + row * j.experts_stride;
+    float *weights = j.weights + row * j.weights_stride;
+    float x[E], highest = 0, sum = 0;
+    unsigned absent = 0;
+    bool damaged = false;
+#pragma unroll
+    for (int i = 0; i < E; i++) {
+        absent |= first + i < j.n ? 0 : 1u << i;
+        x[i] = first + i < j.n ? logits[i] : 0;
+        damaged = damaged || x[i] != x[i];
+    }
+    if (__any_sync(ALL, damaged)) {
+        for (int i = threadIdx.x % 32; i < j.k; i += 32) {
+            experts[i] = i;
+            weights[i] = __uint_as_float(0x7fc00000u);
+        }
+        return;
+    }
+    const unsigned chosen = choose<E>(x, absent, j.k, &highest);
+#pragma unroll
+    for (int i = 0; i < E; i++) {
+        x[i] = chosen >> i & 1 ? expf(x[i] - highest) : 0;
+        sum += x[i];
+    }
+    sum = warp_sum(sum);
+    int at = sum_before(__popc(chosen));
+#pragma unroll
+    for (int i = 0; i < E; i++)
+        if (chosen >> i & 1) {
+            experts[at] = first + i;
+            weights[at++] =
+                x[i] / sum * (j.factors ? load_as_float(j.factors, j.factors_dtype, first + i) : 1);
+        }
+}
+
+extern "C" int cuda_route(const struct backend *b, const struct mat *logits, const struct mat *factors,
+                          const struct mat *experts, const struct mat *weights)
+{
+    CHECK(logits->dtype == DTYPE_F32 && experts->dtype == DTYPE_I32 && weights->dtype == DTYPE_F32);
+    CHECK(experts->rows == logits->rows && weights->rows == logits->rows && weights->cols == experts->cols);
+    CHECK(experts->cols > 0 && experts->cols <= logits->cols && (!factors || factors->cols == logits->cols));
+    if (logits->cols > MAX_EXPERTS || experts->cols > MAX_CHOSEN)
+        return err_set(ERR_UNSUPPORTED, "route: %lld of %lld experts, expected at most %d of %d",
+                       (long long)experts->cols, (long long)logits->cols, MAX_CHOSEN, MAX_EXPERTS);
+    const int rc = factors ? cuda_check_float(factors, "route") : 0;
+    if (rc < 0 || logits->rows == 0)
+        return rc;
+    struct route_job j = {};
+    j.logits = (const float *)logits->data;
+    j.logits_stride = logits->stride;
+    if (factors) {
+        j.factors = factors->data;
+        j.factors_dtype = factors->dtype;
+    }
+    j.experts = (int32_t *)experts->data;
+    j.experts_stride = experts->stride;
+    j.weights = (float *)weights->data;
+    j.weights_stride = weights->stride;
+    j.rows = logits->rows;
+    j.n = (int)logits->cols;
+    j.k = (int)experts->cols;
+    static_assert(MAX_EXPERTS <= 32 * 32, "a lane's bits");
+    (j.n <= 128   ? route_kernel<4>
+     : j.n <= 256 ? route_kernel<8>
+                  : route_kernel<32>)<<<blocks_of(j.rows), THREADS, 0, cuda_state(b)->stream>>>(j);
+    return cuda_launched("route");
+}
+
+/* --- rows there and back ------------------------------------------------------------------------------------------ */
+
+/* How warps share rows: each takes up to PIECES·32·V columns of one. */
+static int64_t parts_of(int64_t cols, int v)
+{
+    return (cols + 32 * v * PIECES - 1) / (32 * v * PIECES);
+}
+
+/* f(k, column) for the lane's pieces of V columns in a warp's part of a row. */
+template <int V, typename F>
+static __device__ __forceinline__ void for_pieces(int64_t part, int64_t cols, F f)
+{
+#pragma unroll
+    for (int k = 0; k < PIECES; k++) {
+        const int64_t c = ((part * PIECES + k) * 32 + threadIdx.x % 32) * V;
+        if (c < cols)
+            f(k, c);
+    }
+}
+
+struct gather_job {
+    const int32_t *rows;  /* NULL: in order */
+    const float *factors; /* NULL: all ones */
+    int64_t n, cols, parts, x_stride, out_stride;
+};
+
+template <typename TX, typename TOUT, int V>
+static __global__ void __launch_bounds__(THREADS) gather_kernel(const TX *x, TOUT *out, struct gather_job j)
+{
+    const int64_t warp = warp_of_grid(), row = warp / j.parts, part = warp % j.parts;
+    if (row >= j.n)
+        return;
+    const float factor = j.factors ? j.factors[row] : 1;
+    x += (j.rows ? j.rows[row] : row) * j.x_stride;
+    out += row * j.out_stride;
+    float e[PIECES][V];
+    for_pieces<V>(part, j.cols, [&](int k, int64_t c) { load<TX, V>(x + c, e[k]); });
+    for_pieces<V>(part, j.cols, [&](int k, int64_t c) {
+#pragma unroll
+        for (int i = 0; i < V; i++)
+            e[k][i] *= factor;
+        store<TOUT, V>(out + c, e[k]);
+    });
+}
+
+template <typename TX, typename TOUT>
+static void launch_gather(const struct mat *x, const struct mat *out, struct gather_job j,
+                          cudaStream_t stream)
+{
+    const bool pieces = in_pieces(x, 8 * sizeof(TX)) && in_pieces(out, 8 * sizeof(TOUT));
+    j.parts = parts_of(j.cols, pieces ? 8 : 1);
+    (pieces ? gather_kernel<TX, TOUT, 8>
+            : gather_kernel<TX, TOUT, 1>)<<<blocks_of(j.n * j.parts), THREADS, 0, stream>>>(
+        (const TX *)x->data, (TOUT *)out->data, j);
+}
+
+extern "C" int cuda_gather_rows(const struct backend *b, const struct mat *x, const struct mat *rows,
+                                const struct mat *factors, const struct mat *out)
+{
+    CHECK(x->cols == out->cols);
+    CHECK(rows ? rows->dtype == DTYPE_I32 && rows->cols == out->rows : x->rows == out->rows);
+    CHECK(!factors || (factors->dtype == DTYPE_F32 && factors->cols == out->rows));
+    int rc = x->dtype == DTYPE_F32 ? 0 : check_dtype(x, DTYPE_BF16, "gather_rows");
+    if (!rc && out->dtype != DTYPE_F32)
+        rc = check_dtype(out, DTYPE_BF16, "gather_rows");
+    if (rc < 0 || out->rows == 0)
+        return rc;
+    struct gather_job j = {};
+    j.rows = rows ? (const int32_t *)rows->data : NULL;
+    j.factors = factors ? (const float *)factors->data : NULL;
+    j.n = out->rows;
+    j.cols = out->cols;
+    j.x_stride = x->stride;
+    j.out_stride = out->stride;
+    const bool from_f32 = x->dtype == DTYPE_F32, to_f32 = out->dtype == DTYPE_F32;
+    (from_f32 && to_f32 ? launch_gather<float, float>
+     : from_f32         ? launch_gather<float, bf16>
+     : to_f32           ? launch_gather<bf16, float>
+                        : launch_gather<bf16, bf16>)(x, out, j, cuda_state(b)->stream);
+    return cuda_launched("gather_rows");
+}
+
+struct combine_job {
+    const bf16 *y;
+    bf16 *out;
+    const int32_t *slots;
+    const float *weights;
+    int64_t n, cols, parts, y_stride, out_stride, slots_stride, weights_stride;
+    int k;
+};
+
+template <int V> static __global__ void __launch_bounds__(THREADS) combine_kernel(struct combine_job j)
+{
+    const int64_t warp = warp_of_grid(), row = warp / j.parts, part = warp % j.parts;
+    if (row >= j.n)
+        return;
+    const int32_t *slots = j.slots + row * j.slots_stride;
+    const float *weights = j.weights + row * j.weights_stride;
+    float sum[PIECES][V] = {};
+    int64_t from[PIECES] = {}; /* beyond the row's end its beginning: loads without a condition overlap */
+    for_pieces<V>(part, j.cols, [&](int k, int64_t c) { from[k] = c; });
+#pragma unroll 4
+    for (int s = 0; s < j.k; s++) {
+        const bf16 *y = j.y + slots[s] * j.y_stride;
+        const float weight = weights[s];
+#pragma unroll
+        for (int k = 0; k < PIECES; k++) {
+            float e[V];
+            load<bf16, V>(y + from[k], e);
+#pragma unroll
+            for (int i = 0; i < V; i++)
+                sum[k][i] += weight * e[i];
+        }
+    }
+    for_pieces<V>(part, j.cols,
+                  [&](int k, int64_t c) { store<bf16, V>(j.out + row * j.out_stride + c, sum[k]); });
+}
+
+extern "C" int cuda_combine_rows(const struct backend *b, const struct mat *y, const struct mat *slots,
+                                 const struct mat *weights, const struct mat *out)
+{
+    CHECK(y->cols == out->cols && slots->dtype == DTYPE_I32 && weights->dtype == DTYPE_F32);
+    CHECK(slots->rows == out->rows && weights->rows == out->rows && weights->cols == slots->cols);
+    CHECK(slots->cols > 0 && slots->cols <= INT32_MAX);
+    int rc = check_dtype(y, DTYPE_BF16, "combine_rows");
+    if (!rc)
+        rc = check_dtype(out, DTYPE_BF16, "combine_rows");
+    if (rc < 0 || out->rows == 0)
+        return rc;
+    const bool pieces = in_pieces(y, 16) && in_pieces(out, 16);
+    struct combine_job j = {};
+    j.y = (const bf16 *)y->data;
+    j.y_stride = y->stride;
+    j.out = (bf16 *)out->data;
+    j.out_stride = out->stride;
+    j.slots = (const int32_t *)slots->data;
+    j.slots_stride = slots->stride;
+    j.weights = (const float *)weights->data;
+    j.weights_stride = weights->stride;
+    j.n = out->rows;
+    j.cols = out->cols;
+    j.k = (int)slots->cols;
+    j.parts = parts_of(j.cols, pieces ? 8 : 1);
+    (pieces ? combine_kernel<8>
+            : combine_kernel<1>)<<<blocks_of(j.n * j.parts), THREADS, 0, cuda_state(b)->stream>>>(j);
+    return cuda_launched("combine_rows");
+}
