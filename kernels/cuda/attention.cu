@@ -42,6 +42,15 @@ static __device__ __forceinline__ void score_tile(float (&s)[T::MT][T::NT][4], u
     multiply_rows<T::MT, T::NT, T::D>(s, q, k);
 }
 
+template <class T> static __device__ __forceinline__ void cap_tile(float (&s)[T::MT][T::NT][4], float bend)
+{
+#pragma unroll
+    for (int i = 0; i < T::MT * T::NT * 4; i++) {
+        float *x = &s[i / 4 / T::NT][i / 4 % T::NT][i % 4];
+        *x = capped(*x, bend);
+    }
+}
+
 /* Hides the keys that a query does not see. key, position: of this lane's first score. */
 template <class T>
 static __device__ __forceinline__ void hide_keys(float (&s)[T::MT][T::NT][4], int key, int position,
@@ -248,7 +257,7 @@ static __device__ __forceinline__ struct block_work find_work(const struct probl
 
 /* Grid: (heads of all sequences, tiles of queries). Scores of tile j, then its softmax beside the values of tile j − 1;
  * each of the two phases ends in a barrier and covers the copy that the next one needs. */
-template <class T>
+template <class T, bool CAPPED>
 static __global__ void __launch_bounds__(T::THREADS, 1) prefill_kernel(const struct problem a)
 {
     extern __shared__ __align__(1024) unsigned char shared[];
@@ -280,8 +289,11 @@ static __global__ void __launch_bounds__(T::THREADS, 1) prefill_kernel(const str
             load_tile<T::THREADS, T::BN, T::D>(sv, w.values + (int64_t)(j - 1) * T::BN * a.values_stride,
                                                a.values_stride, w.end - key + T::BN, a.head_dim);
         float s[T::MT][T::NT][4]; /* where it stays unset, hide_keys hides all of it */
-        if (sees(key + warp_n * T::NT * 8, T::NT * 8, warp_first, T::MT * 16, a.window))
+        if (sees(key + warp_n * T::NT * 8, T::NT * 8, warp_first, T::MT * 16, a.window)) {
             score_tile<T>(s, q_at, k_at);
+            if (CAPPED)
+                cap_tile<T>(s, a.bend);
+        }
         if (key + T::BN - 1 > w.first || key <= w.last - a.window)
             hide_keys<T>(s, key + column, w.first + row, a.window);
         publish_highest<T>(s, highest, row, warp_n);
@@ -308,16 +320,16 @@ static __global__ void __launch_bounds__(T::THREADS, 1) prefill_kernel(const str
     store_rows<T>(a, &r, highest, row, warp_n, w.out + dim, w.lse, w.n_rows, a.head_dim - dim);
 }
 
-template <class T>
+template <class T, bool CAPPED>
 static int launch_prefill(const struct backend *b, const struct problem *a, int64_t n_sequences)
 {
-    int rc = cuda_status(
-        cudaFuncSetAttribute(prefill_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, T::SHARED_BYTES),
-        "attention");
+    int rc = cuda_status(cudaFuncSetAttribute(prefill_kernel<T, CAPPED>,
+                                              cudaFuncAttributeMaxDynamicSharedMemorySize, T::SHARED_BYTES),
+                         "attention");
     if (rc < 0)
         return rc;
     const dim3 grid((unsigned)(n_sequences * a->n_heads), (unsigned)((a->n_new + T::BM - 1) / T::BM));
-    prefill_kernel<T><<<grid, T::THREADS, T::SHARED_BYTES, cuda_state(b)->stream>>>(*a);
+    prefill_kernel<T, CAPPED><<<grid, T::THREADS, T::SHARED_BYTES, cuda_state(b)->stream>>>(*a);
     return cuda_launched("attention");
 }
 
@@ -325,13 +337,23 @@ static int launch_prefill(const struct backend *b, const struct problem *a, int6
 
 typedef int launch_fn(const struct backend *b, const struct problem *a, int64_t n_sequences);
 
+/* Kernels that cap scores are built only for the heads of models that do. */
+template <class T> static constexpr launch_fn *capped_prefill(void)
+{
+    if constexpr ((int)T::D <= (int)MAX_CAPPED)
+        return launch_prefill<T, true>;
+    else
+        return NULL;
+}
+
 /* In order of preference: the first that holds head_dim and whose tiles fit the device. */
 static const struct {
     int head_dim, shared_bytes;
-    launch_fn *prefill;
+    launch_fn *prefill, *capped;
 } variants[] = {
 #define PREFILL(D, WM, WN, MT, BN)                                                                           \
-    tiling<D, WM, WN, MT, BN>::SHARED_BYTES, launch_prefill<tiling<D, WM, WN, MT, BN>>
+    tiling<D, WM, WN, MT, BN>::SHARED_BYTES, launch_prefill<tiling<D, WM, WN, MT, BN>, false>,               \
+        capped_prefill<tiling<D, WM, WN, MT, BN>>()
     {64, PREFILL(64, 4, 2, 2, 128)},
     {64, PREFILL(64, 4, 2, 1, 64)}, /* this and the last of each size: devices with 99 KiB */
     {128, PREFILL(128, 4, 2, 2, 128)},
@@ -367,9 +389,10 @@ extern "C" int attention_check(const char *op, const struct attention_spec *spec
     CHECK(s->first_position >= 0 && s->first_position + q->rows / s->n <= s->max_positions);
     CHECK(s->max_positions < 1 << 30); /* positions are int in the kernels */
     CHECK(keys->rows >= s->n * s->max_positions && values->rows >= s->n * s->max_positions);
-    CHECK(spec->scale > 0 && spec->window >= 0);
-    if (spec->softcap > 0)
-        return err_set(ERR_UNSUPPORTED, "%s: soft cap", op);
+    CHECK(spec->scale > 0 && spec->window >= 0 && spec->softcap >= 0);
+    if (spec->softcap > 0 && h->head_dim > MAX_CAPPED)
+        return err_set(ERR_UNSUPPORTED, "%s: a soft cap on heads of %d, expected at most %d", op, h->head_dim,
+                       MAX_CAPPED);
     if (h->head_dim < 8 || h->head_dim > 512 || h->head_dim % 8)
         return err_set(ERR_UNSUPPORTED, "%s: heads of %d, expected a multiple of 8 up to 512", op,
                        h->head_dim);
@@ -400,7 +423,8 @@ extern "C" int cuda_attention(const struct backend *b, const struct attention_sp
     const int positions = a.first_position + a.n_new;
     a.window = spec->window && spec->window < positions ? (int)spec->window : positions;
     a.n_heads = h->n_heads, a.n_kv_heads = h->n_kv_heads, a.head_dim = h->head_dim;
-    a.scale = spec->scale * LOG2_E;
+    a.scale = (spec->softcap > 0 ? spec->softcap : spec->scale) * LOG2_E;
+    a.bend = bend_of(spec->scale, spec->softcap);
 
     if (a.n_new <= FEW_TOKENS && !a.lse)
         return attention_few(b, &a, s->n);
@@ -414,7 +438,7 @@ extern "C" int cuda_attention(const struct backend *b, const struct attention_sp
         if (a.head_dim > variants[i].head_dim)
             continue;
         if (variants[i].shared_bytes <= shared_bytes)
-            return variants[i].prefill(b, &a, s->n);
+            return (a.bend > 0 ? variants[i].capped : variants[i].prefill)(b, &a, s->n);
     }
     return err_set(ERR_UNSUPPORTED,
                    "attention: heads of %d do not fit the device's %d bytes of shared memory", a.head_dim,

@@ -23,8 +23,11 @@ struct problem {
     int n_new, first_position;
     int window; /* > 0 */
     int n_heads, n_kv_heads, head_dim;
-    float scale; /* of the scores, to powers of two: the caller's · log2(e) */
+    float scale; /* of the scores, to powers of two: the caller's · log2(e), or cap · log2(e) of what is capped */
+    float bend;  /* as capped takes it; 0: no soft cap */
 };
+
+enum { MAX_CAPPED = 256 }; /* the widest heads whose scores can have a soft cap */
 
 /* Few new tokens a sequence (attention_few.cu). */
 extern "C" int attention_few(const struct backend *b, const struct problem *a, int64_t n_sequences);
@@ -176,6 +179,18 @@ static __device__ __forceinline__ bool sees(int key, int n_keys, int position, i
 }
 
 /* --- softmax ------------------------------------------------------------------------------------------------------ */
+
+/* What makes capped of a score that the caller's scale is still to be applied to. */
+static inline float bend_of(float scale, float cap)
+{
+    return cap > 0 ? 2 * LOG2_E * scale / cap : 0;
+}
+
+/* tanh(scale·score / cap) = 1 − 2 / (1 + e^(2·scale·score / cap)); to 2^-21 of 1, which is nothing in a weight. */
+static __device__ __forceinline__ float capped(float score, float bend)
+{
+    return 1 - __fdividef(2, 1 + power_of_two(score * bend));
+}
 
 /* Where the exponentials of a row without scores have their reference: below any score, yet no infinity, so that
  * differences from it need no care. */

@@ -1,10 +1,10 @@
-/* Gradients of attention. The weights P = exp(scale·score − lse) and what the loss changes by the scores,
- * dS = P ⊙ (dout·Vᵀ − Σ dout ⊙ out)·scale, are computed once, tile by tile, and stand as BF16 in scratch memory for as
- * many heads at a time as fit; then dV = Pᵀ·dout, dK = dSᵀ·Q and dQ = dS·K are plain products over the tiles that the
- * mask leaves. Five products in all, where kernels that keep nothing need seven, and every sum has one block and a fixed
- * order: no atomics. The head's dimensions are what the first kernel sums over and the second has as columns, so no size
- * of heads needs tiles of its own. The query heads of one key head must fit together: almost 4096 pairs of tiles of 128
- * queries and 128 keys, or, without a window, 3968 tokens for 8 heads and 11392 for 1.
+/* Gradients of attention. The weights P = exp(scale·score − lse) and what the loss changes by the scores, dS = P ⊙
+ * (dout·Vᵀ − Σ dout ⊙ out)·scale, with a soft cap times 1 − tanh², are computed once, tile by tile, and stand as BF16
+ * in scratch memory for as many heads at a time as fit; then dV = Pᵀ·dout, dK = dSᵀ·Q and dQ = dS·K are plain products
+ * over the tiles that the mask leaves. Five products in all, where kernels that keep nothing need seven, and every sum
+ * has one block and a fixed order: no atomics. The head's dimensions are what the first kernel sums over and the second
+ * has as columns, so no size of heads needs tiles of its own. The query heads of one key head must fit together: almost
+ * 4096 pairs of tiles of 128 queries and 128 keys, or, without a window, 3968 tokens for 8 heads and 11392 for 1.
  *
  * Only queries and keys of the sequences' tokens are read. A NaN goes where it goes in the forward pass and into all
  * gradients that depend on what it made NaN; as there, a hidden NaN reaches those whose tile holds it with weight 0. */
@@ -37,7 +37,7 @@ struct gradient {
     int n_heads, n_kv_heads, per_kv, head_dim;
     int n_tiles, reach;
     int first_unit, n_units; /* key/value heads of all sequences at work */
-    float scale;
+    float scale, cap, bend;  /* bend: as capped takes it; 0: no soft cap */
 };
 
 /* One of the three products: tiles of P or dS times b, into c. */
@@ -137,6 +137,7 @@ static __device__ __forceinline__ void load_scores(uint32_t to, const struct gra
 }
 
 /* P and dS of a tile from its scores and dout·Vᵀ, which become 0. row, column: of this lane's first in the tile. */
+template <bool CAPPED>
 static __device__ __forceinline__ void store_scores(const struct gradient &a, const struct score_work &w,
                                                     int j, float (&s)[MT][SCORE_NT][4],
                                                     float (&dp)[MT][SCORE_NT][4], int row, int column)
@@ -145,7 +146,7 @@ static __device__ __forceinline__ void store_scores(const struct gradient &a, co
     uint32_t *p = (uint32_t *)(a.p + at), *ds = (uint32_t *)(a.ds + at);
     const int first = w.i * TILE, key = j * TILE + column;
     const bool edge = j == w.i || first + TILE > a.n || j * TILE <= first + TILE - 1 - a.window;
-    const float scale = a.scale * LOG2_E;
+    const float scale = (CAPPED ? a.cap : a.scale) * LOG2_E;
     float2 stats[MT * 2]; /* all loads before the first store, which they could not pass */
 #pragma unroll
     for (int i = 0; i < MT * 2; i++)
@@ -161,8 +162,10 @@ static __device__ __forceinline__ void store_scores(const struct gradient &a, co
             for (int e = 0; e < 2; e++) {
                 const int ahead = key + n * 8 + e - first - query;
                 const bool seen = !edge || (first + query < a.n && ahead <= 0 && ahead > -a.window);
-                x[e] = seen ? power_of_two(fmaf(s[m][n][h * 2 + e], scale, -stats[i].x)) : 0;
-                y[e] = seen ? x[e] * (dp[m][n][h * 2 + e] - stats[i].y) * a.scale : 0;
+                const float score = CAPPED ? capped(s[m][n][h * 2 + e], a.bend) : s[m][n][h * 2 + e],
+                            slope = CAPPED ? a.scale * (1 - score * score) : a.scale;
+                x[e] = seen ? power_of_two(fmaf(score, scale, -stats[i].x)) : 0;
+                y[e] = seen ? x[e] * (dp[m][n][h * 2 + e] - stats[i].y) * slope : 0;
                 s[m][n][h * 2 + e] = dp[m][n][h * 2 + e] = 0;
             }
             const int word = (query / 8 * (TILE / 8) + column / 8 + n) * 32 + threadIdx.x % 32;
@@ -173,7 +176,8 @@ static __device__ __forceinline__ void store_scores(const struct gradient &a, co
 }
 
 /* Grid: (tiles of queries times runs of tiles of keys, heads at work). The steps of all its tiles are one pipeline. */
-template <int BK> static __global__ void __launch_bounds__(THREADS, 1) score_kernel(const struct gradient a)
+template <int BK, bool CAPPED>
+static __global__ void __launch_bounds__(THREADS, 1) score_kernel(const struct gradient a)
 {
     extern __shared__ __align__(1024) unsigned char shared[];
     const struct score_work w = find_scores(a);
@@ -206,7 +210,7 @@ template <int BK> static __global__ void __launch_bounds__(THREADS, 1) score_ker
                                             at + 3 * scoring<BK>::OPERAND_BYTES + b_at);
         }
         if (step % n_slices == n_slices - 1)
-            store_scores(a, w, j, s, dp, warp_row + lane / 4, warp_column + lane % 4 * 2);
+            store_scores<CAPPED>(a, w, j, s, dp, warp_row + lane / 4, warp_column + lane % 4 * 2);
     }
 }
 
@@ -379,14 +383,15 @@ typedef int launch_fn(const struct backend *b, const struct gradient *a, const s
 template <int BK> static int launch_scores(const struct backend *b, const struct gradient *a)
 {
     const int bytes = scoring<BK>::SHARED_BYTES;
-    const int rc = cuda_status(
-        cudaFuncSetAttribute(score_kernel<BK>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-        "attention_backward");
+    const auto kernel = a->bend > 0 ? score_kernel<BK, true> : score_kernel<BK, false>;
+    const int rc =
+        cuda_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+                    "attention_backward");
     if (rc < 0)
         return rc;
     const int most = a->n_tiles < a->reach + 1 ? a->n_tiles : a->reach + 1;
     const dim3 grid((unsigned)(a->n_tiles * ((most + RUN - 1) / RUN)), (unsigned)(a->n_units * a->per_kv));
-    score_kernel<BK><<<grid, THREADS, bytes, cuda_state(b)->stream>>>(*a);
+    kernel<<<grid, THREADS, bytes, cuda_state(b)->stream>>>(*a);
     return cuda_launched("attention_backward");
 }
 
@@ -479,7 +484,7 @@ static struct gradient describe(const struct attention_spec *spec, const struct 
     a.n_tiles = (a.n + TILE - 1) / TILE;
     a.reach = (a.window - 1 + TILE - 1) / TILE;
     a.head_tiles = tiles_before(a.n_tiles, a.reach);
-    a.scale = spec->scale;
+    a.scale = spec->scale, a.cap = spec->softcap, a.bend = bend_of(spec->scale, spec->softcap);
     return a;
 }
 

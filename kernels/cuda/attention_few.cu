@@ -59,18 +59,22 @@ static __device__ __forceinline__ void score_columns(float (&s)[4], const uint4 
 }
 
 /* Softmax over the 16 keys from `key` on; p: Pᵀ as mma wants its b. */
-template <int D>
+template <int D, bool CAPPED>
 static __device__ __forceinline__ void soften_columns(struct column_state<D> *c, float (&s)[4],
-                                                      uint32_t (&p)[2], int key, int window, float scale)
+                                                      uint32_t (&p)[2], int key, const struct problem &a)
 {
+    const float scale = a.scale;
     float factor[2];
+#pragma unroll
+    for (int e = 0; CAPPED && e < 4; e++)
+        s[e] = capped(s[e], a.bend);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         float highest = -INFINITY;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const int ahead = key + threadIdx.x % 32 / 4 + h * 8 - c->position[i];
-            if (ahead > 0 || ahead <= -window)
+            if (ahead > 0 || ahead <= -a.window)
                 s[h * 2 + i] = -INFINITY;
             highest = fmaxf(highest, s[h * 2 + i]);
         }
@@ -158,7 +162,7 @@ static __device__ __forceinline__ void add_up_warps(struct column_state<D> *c, f
 }
 
 /* Grid: (groups of pairs of all key/value heads of all sequences, runs of keys). */
-template <int D>
+template <int D, bool CAPPED>
 static __global__ void __launch_bounds__(SPLIT_THREADS, 2)
     split_kernel(const struct problem a, const struct split s)
 {
@@ -193,7 +197,7 @@ static __global__ void __launch_bounds__(SPLIT_THREADS, 2)
         uint32_t p[2];
         score_columns<D>(scores, queries, a.keys + slot * a.keys_stride + kv_head * a.head_dim, a.keys_stride,
                          end - key, a.head_dim);
-        soften_columns<D>(&c, scores, p, key, a.window, a.scale);
+        soften_columns<D, CAPPED>(&c, scores, p, key, a);
         add_column_values<D>(&c, p, a.values + slot * a.values_stride + kv_head * a.head_dim, a.values_stride,
                              end - key, a.head_dim);
     }
@@ -260,7 +264,7 @@ static struct split split_work(const struct backend *b, const struct problem *a,
     return s;
 }
 
-template <int D>
+template <int D, bool CAPPED>
 static int launch_split(const struct backend *b, const struct problem *a, int64_t n_sequences)
 {
     struct split s = split_work(b, a, n_sequences);
@@ -275,7 +279,7 @@ static int launch_split(const struct backend *b, const struct problem *a, int64_
         s.stats = (float2 *)(s.partial + n_outputs * s.n_runs * a->head_dim);
     }
     const dim3 grid((unsigned)(n_sequences * a->n_kv_heads * s.n_groups), (unsigned)s.n_runs);
-    split_kernel<D><<<grid, SPLIT_THREADS, 0, stream>>>(*a, s);
+    split_kernel<D, CAPPED><<<grid, SPLIT_THREADS, 0, stream>>>(*a, s);
     if (s.n_runs > 1)
         combine_kernel<<<(unsigned)n_outputs, SPLIT_THREADS, 0, stream>>>(*a, s);
     return cuda_launched("attention");
@@ -283,11 +287,13 @@ static int launch_split(const struct backend *b, const struct problem *a, int64_
 
 extern "C" int attention_few(const struct backend *b, const struct problem *a, int64_t n_sequences)
 {
+    const bool capped = a->bend > 0;
     if (a->head_dim <= 64)
-        return launch_split<64>(b, a, n_sequences);
+        return (capped ? launch_split<64, true> : launch_split<64, false>)(b, a, n_sequences);
     if (a->head_dim <= 128)
-        return launch_split<128>(b, a, n_sequences);
+        return (capped ? launch_split<128, true> : launch_split<128, false>)(b, a, n_sequences);
     if (a->head_dim <= 256)
-        return launch_split<256>(b, a, n_sequences);
-    return launch_split<512>(b, a, n_sequences);
+        return (capped ? launch_split<256, true> : launch_split<256, false>)(b, a, n_sequences);
+    CHECK(!capped); /* attention_check */
+    return launch_split<512, false>(b, a, n_sequences);
 }

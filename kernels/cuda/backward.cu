@@ -263,54 +263,94 @@ extern "C" int cuda_geglu_backward(const struct backend *b, const struct mat *ga
 /* --- queries, keys and values ------------------------------------------------------------------------------------- */
 
 struct qkv_job {
-    const bf16 *qkv, *dq, *dkeys, *dvalues;
+    const bf16 *qkv, *dq, *dkeys, *dvalues; /* dkeys and dvalues NULL: queries alone */
     bf16 *dqkv;
     const float *rope;
     int64_t qkv_stride, dq_stride, dkeys_stride, dvalues_stride, dqkv_stride, rope_stride;
     int64_t first_position, max_positions;
     uint32_t n_new, n_tasks;
-    int n_heads, n_kv_heads, head_dim;
-    bool q_normed, k_normed;
+    int n_heads, n_kv_heads, head_dim, n; /* n: heads of a row of qkv */
+    bool q_normed, k_normed, values_normed, k_is_v;
     struct norm_weight q_norm, k_norm;
     float eps;
 };
 
-/* One head, by L threads of a warp; lane l has dimensions (l + L·k)·V … of either half, k < STEPS. The gradient is turned back by
- * the angles by which the head was turned; then the norm's follows from what the head was before. */
+/* A head of qkv, and what its gradient follows from. */
+struct head_job {
+    const bf16 *x, *dy;
+    const bf16 *dvalue; /* where the head is a value too, or NULL */
+    bf16 *out;
+    const float *table; /* by which it was turned, or NULL */
+    bool normed;        /* before it was turned */
+    struct norm_weight norm;
+};
+
+/* V elements of either half of a head. */
+template <int V>
+static __device__ __forceinline__ void load_halves(const bf16 *head, int i, int half, float (&out)[2][V])
+{
+    load<bf16, V>(head + i, out[0]);
+    load<bf16, V>(head + half + i, out[1]);
+}
+
+/* The gradient by the normed head, times the norm's weight: dy, turned back by the angles by which the head was turned. */
+template <int V>
+static __device__ __forceinline__ void turn_back(const struct head_job &h, int i, int half, float (&g)[2][V])
+{
+    float c[V], s[V];
+    load_halves<V>(h.dy, i, half, g);
+    if (h.table) {
+        load<float, V>(h.table + i, c);
+        load<float, V>(h.table + half + i, s);
+#pragma unroll
+        for (int e = 0; e < V; e++) {
+            const float low = g[0][e], high = g[1][e];
+            g[0][e] = low * c[e] + high * s[e];
+            g[1][e] = high * c[e] - low * s[e];
+        }
+    }
+    load_weight<V>(h.norm, i, c);
+    load_weight<V>(h.norm, half + i, s);
+#pragma unroll
+    for (int e = 0; e < V; e++) {
+        g[0][e] *= c[e];
+        g[1][e] *= s[e];
+    }
+}
+
+template <int V>
+static __device__ __forceinline__ float dot_halves(const float (&x)[2][V], const float (&y)[2][V])
+{
+    float sum = 0;
+#pragma unroll
+    for (int e = 0; e < V; e++)
+        sum += x[0][e] * y[0][e] + x[1][e] * y[1][e];
+    return sum;
+}
+
+/* One head, by L threads of a warp; lane l has dimensions (l + L·k)·V … of either half, k < STEPS. Where the head is a
+ * value too, its gradients as the one and the other are added up: a norm's gradient is linear in its dy, and both norms
+ * have the same r. */
 template <int V, int L, int STEPS>
-static __device__ __forceinline__ void head_backward(const struct qkv_job &j, const bf16 *x, bool normed,
-                                                     const struct norm_weight &weight, const float *table,
-                                                     const bf16 *dy, bf16 *out)
+static __device__ __forceinline__ void head_backward(const struct qkv_job &j, const struct head_job &h)
 {
     const int lane = threadIdx.x % L, half = j.head_dim / 2;
-    float u[STEPS][2][V] = {}, g[STEPS][2][V] = {}, squares = 0, dots = 0;
+    const bool value_normed = h.dvalue && j.values_normed, any = h.normed || value_normed;
+    float u[STEPS][2][V] = {}, g[STEPS][2][V] = {}, v[2][V], squares = 0, dots = 0;
 #pragma unroll
     for (int k = 0; k < STEPS; k++) {
         const int i = (lane + L * k) * V;
         if (i >= half)
             continue;
-        float c[V], s[V], low[V], high[V];
-        load<bf16, V>(dy + i, low);
-        load<bf16, V>(dy + half + i, high);
-        load<float, V>(table + i, c);
-        load<float, V>(table + half + i, s);
-        if (normed) {
-            load<bf16, V>(x + i, u[k][0]);
-            load<bf16, V>(x + half + i, u[k][1]);
-        }
-#pragma unroll
-        for (int e = 0; e < V; e++) {
-            g[k][0][e] = low[e] * c[e] + high[e] * s[e];
-            g[k][1][e] = high[e] * c[e] - low[e] * s[e];
-        }
-        load_weight<V>(weight, i, low);
-        load_weight<V>(weight, half + i, high);
-#pragma unroll
-        for (int e = 0; e < V; e++) {
-            g[k][0][e] *= low[e];
-            g[k][1][e] *= high[e];
-            squares += u[k][0][e] * u[k][0][e] + u[k][1][e] * u[k][1][e];
-            dots += g[k][0][e] * u[k][0][e] + g[k][1][e] * u[k][1][e];
+        if (any)
+            load_halves<V>(h.x, i, half, u[k]);
+        turn_back<V>(h, i, half, g[k]);
+        squares += dot_halves<V>(u[k], u[k]);
+        if (h.normed)
+            dots += dot_halves<V>(g[k], u[k]);
+        if (value_normed) {
+            load_halves<V>(h.dvalue, i, half, v);
+            dots += dot_halves<V>(v, u[k]);
         }
     }
     const unsigned mask = L == 32 ? 0xffffffffu : 0xffffu << (threadIdx.x & 16);
@@ -319,84 +359,54 @@ static __device__ __forceinline__ void head_backward(const struct qkv_job &j, co
         dots += __shfl_xor_sync(mask, dots, i, L);
     }
     const struct norm_factors f =
-        normed ? norm_factors(squares, dots, j.eps, j.head_dim) : (struct norm_factors){1, 0};
+        any ? norm_factors(squares, dots, j.eps, j.head_dim) : (struct norm_factors){1, 0};
+    const float own = h.normed ? f.r : 1, other = value_normed ? f.r : 1, back = f.r * f.back;
 #pragma unroll
     for (int k = 0; k < STEPS; k++) {
         const int i = (lane + L * k) * V;
         if (i >= half)
             continue;
+        if (h.dvalue)
+            load_halves<V>(h.dvalue, i, half, v);
 #pragma unroll
-        for (int e = 0; e < V; e++) {
-            g[k][0][e] = f.r * (g[k][0][e] - u[k][0][e] * f.back);
-            g[k][1][e] = f.r * (g[k][1][e] - u[k][1][e] * f.back);
+        for (int e = 0; e < 2 * V; e++) {
+            float *to = &g[k][e / V][e % V];
+            *to = own * *to - u[k][e / V][e % V] * back + (h.dvalue ? other * v[e / V][e % V] : 0);
         }
-        store<bf16, V>(out + i, g[k][0]);
-        store<bf16, V>(out + half + i, g[k][1]);
+        store<bf16, V>(h.out + i, g[k][0]);
+        store<bf16, V>(h.out + half + i, g[k][1]);
     }
 }
 
-/* L threads, a warp or half of one, for each head of each token: queries, then keys, then values. */
+/* L threads, a warp or half of one, for each head of each token's row of qkv. */
 template <int V, int L, int STEPS>
 static __global__ void __launch_bounds__(THREADS) split_qkv_kernel(struct qkv_job j)
 {
     const uint32_t task = blockIdx.x * (THREADS / L) + threadIdx.x / L;
     if (task >= j.n_tasks)
         return;
-    const uint32_t n = (uint32_t)(j.n_heads + 2 * j.n_kv_heads), in_row = task / n,
-                   sequence = in_row / j.n_new;
-    const int head = (int)(task - in_row * n);
+    const uint32_t in_row = task / (uint32_t)j.n, sequence = in_row / j.n_new;
+    const int head = (int)(task - in_row * (uint32_t)j.n), key = head - j.n_heads,
+              value = key - j.n_kv_heads; /* not negative: it is one */
     const int64_t row = in_row, token = in_row - sequence * j.n_new;
     const int64_t slot = sequence * j.max_positions + j.first_position + token;
-    const bf16 *x = j.qkv + row * j.qkv_stride + (int64_t)head * j.head_dim;
-    bf16 *out = j.dqkv + row * j.dqkv_stride + (int64_t)head * j.head_dim;
-    const float *table = j.rope + token * j.rope_stride;
-    if (head < j.n_heads) {
-        head_backward<V, L, STEPS>(j, x, j.q_normed, j.q_norm, table,
-                                   j.dq + row * j.dq_stride + head * j.head_dim, out);
-    } else if (head < j.n_heads + j.n_kv_heads) {
-        const int h = head - j.n_heads;
-        head_backward<V, L, STEPS>(j, x, j.k_normed, j.k_norm, table,
-                                   j.dkeys + slot * j.dkeys_stride + h * j.head_dim, out);
+    const bf16 *value_rows = j.dvalues + slot * j.dvalues_stride;
+    struct head_job h = {};
+    h.x = j.qkv + row * j.qkv_stride + (int64_t)head * j.head_dim;
+    h.out = j.dqkv + row * j.dqkv_stride + (int64_t)head * j.head_dim;
+    h.table = value < 0 ? j.rope + token * j.rope_stride : NULL;
+    if (key < 0) {
+        h.dy = j.dq + row * j.dq_stride + head * j.head_dim;
+        h.normed = j.q_normed, h.norm = j.q_norm;
+    } else if (value < 0) {
+        h.dy = j.dkeys + slot * j.dkeys_stride + key * j.head_dim;
+        h.dvalue = j.k_is_v ? value_rows + key * j.head_dim : NULL;
+        h.normed = j.k_normed, h.norm = j.k_norm;
     } else {
-        const bf16 *dy = j.dvalues + slot * j.dvalues_stride + (head - j.n_heads - j.n_kv_heads) * j.head_dim;
-        for (int i = threadIdx.x % L * V; i < j.head_dim; i += L * V) {
-            float e[V];
-            load<bf16, V>(dy + i, e);
-            store<bf16, V>(out + i, e);
-        }
+        h.dy = value_rows + value * j.head_dim;
+        h.normed = j.values_normed, h.norm = {NULL, DTYPE_F32, 0};
     }
-}
-
-static int check_qkv(const struct qkv_spec *spec, const struct mat *const acts[5])
-{
-    const struct heads *h = &spec->heads;
-    const struct sequences *s = &spec->sequences;
-    const struct mat *qkv = acts[0], *dq = acts[1], *dkeys = acts[2], *dvalues = acts[3], *dqkv = acts[4];
-    const int64_t q_cols = (int64_t)h->n_heads * h->head_dim, kv_cols = (int64_t)h->n_kv_heads * h->head_dim;
-    if (!dkeys || !dvalues)
-        return err_set(ERR_UNSUPPORTED, "split_qkv_backward: queries without keys and values");
-    if (spec->k_is_v || spec->values_normed)
-        return err_set(ERR_UNSUPPORTED, "split_qkv_backward: values that are normed, or keys too");
-    CHECK(h->head_dim > 0 && h->head_dim % 2 == 0 && qkv->rows % s->n == 0);
-    CHECK(qkv->rows <= INT32_MAX / (h->n_heads + 2 * h->n_kv_heads));
-    CHECK(qkv->cols == q_cols + 2 * kv_cols && dqkv->cols == qkv->cols && dqkv->rows == qkv->rows);
-    CHECK(dq->cols == q_cols && dq->rows == qkv->rows && dkeys->cols == kv_cols && dvalues->cols == kv_cols);
-    CHECK(dkeys->rows >= s->n * s->max_positions && dvalues->rows == dkeys->rows);
-    CHECK(s->first_position + qkv->rows / s->n <= s->max_positions);
-    CHECK(spec->rope->cols == h->head_dim && spec->rope->rows >= qkv->rows / s->n);
-    CHECK(!spec->q_norm || spec->q_norm->cols == h->head_dim);
-    CHECK(!spec->k_norm || spec->k_norm->cols == h->head_dim);
-    int rc = check_dtype(spec->rope, DTYPE_F32, "split_qkv_backward");
-    for (int i = 0; !rc && i < 5; i++)
-        rc = check_dtype(acts[i], DTYPE_BF16, "split_qkv_backward");
-    if (!rc && spec->q_norm)
-        rc = cuda_check_float(spec->q_norm, "split_qkv_backward");
-    if (!rc && spec->k_norm)
-        rc = cuda_check_float(spec->k_norm, "split_qkv_backward");
-    if (!rc && h->head_dim > 2 * MAX_HALF)
-        rc = err_set(ERR_UNSUPPORTED, "split_qkv_backward: heads of %d, expected at most %d", h->head_dim,
-                     2 * MAX_HALF);
-    return rc;
+    head_backward<V, L, STEPS>(j, h);
 }
 
 static struct qkv_job make_qkv_job(const struct qkv_spec *spec, const struct mat *const acts[5])
@@ -405,25 +415,30 @@ static struct qkv_job make_qkv_job(const struct qkv_spec *spec, const struct mat
     struct qkv_job j = {};
     j.qkv = (const bf16 *)acts[0]->data;
     j.dq = (const bf16 *)acts[1]->data;
-    j.dkeys = (const bf16 *)acts[2]->data;
-    j.dvalues = (const bf16 *)acts[3]->data;
-    j.dqkv = (bf16 *)acts[4]->data;
+    j.dqkv = (bf16 *)acts[2]->data;
     j.rope = (const float *)spec->rope->data;
     j.qkv_stride = acts[0]->stride;
     j.dq_stride = acts[1]->stride;
-    j.dkeys_stride = acts[2]->stride;
-    j.dvalues_stride = acts[3]->stride;
-    j.dqkv_stride = acts[4]->stride;
+    j.dqkv_stride = acts[2]->stride;
     j.rope_stride = spec->rope->stride;
+    if (acts[3]) {
+        j.dkeys = (const bf16 *)acts[3]->data;
+        j.dvalues = (const bf16 *)acts[4]->data;
+        j.dkeys_stride = acts[3]->stride;
+        j.dvalues_stride = acts[4]->stride;
+    }
     j.n_new = (uint32_t)(acts[0]->rows / spec->sequences.n);
     j.first_position = spec->sequences.first_position;
     j.max_positions = spec->sequences.max_positions;
-    j.n_tasks = (uint32_t)acts[0]->rows * (uint32_t)(h->n_heads + 2 * h->n_kv_heads);
+    j.n = qkv_heads(spec, !acts[3]);
+    j.n_tasks = (uint32_t)acts[0]->rows * (uint32_t)j.n;
     j.n_heads = h->n_heads;
     j.n_kv_heads = h->n_kv_heads;
     j.head_dim = h->head_dim;
     j.q_normed = spec->q_norm != NULL;
     j.k_normed = spec->k_norm != NULL;
+    j.values_normed = spec->values_normed;
+    j.k_is_v = spec->k_is_v;
     j.q_norm = norm_weight(spec->q_norm, &spec->norm);
     j.k_norm = norm_weight(spec->k_norm, &spec->norm);
     j.eps = spec->norm.eps;
@@ -434,16 +449,15 @@ extern "C" int cuda_split_qkv_backward(const struct backend *b, const struct qkv
                                        const struct mat *qkv, const struct mat *dq, const struct mat *dkeys,
                                        const struct mat *dvalues, const struct mat *dqkv)
 {
-    const struct mat *const acts[5] = {qkv, dq, dkeys, dvalues, dqkv};
-    const int rc = check_qkv(spec, acts);
+    int rc = cuda_check_qkv("split_qkv_backward", spec, qkv, dq, dkeys, dvalues);
+    CHECK(dqkv->cols == qkv->cols && dqkv->rows == qkv->rows);
+    if (!rc)
+        rc = check_dtype(dqkv, DTYPE_BF16, "split_qkv_backward");
     if (rc < 0 || qkv->rows == 0)
         return rc;
-    /* eight elements an access where either half of every head is a whole number of them */
-    bool pieces = spec->heads.head_dim % 16 == 0 && in_pieces(spec->rope, 32) &&
-                  weight_in_pieces(spec->q_norm) && weight_in_pieces(spec->k_norm);
-    for (int i = 0; i < 5; i++)
-        pieces = pieces && in_pieces(acts[i], 16);
+    const struct mat *const acts[5] = {qkv, dq, dqkv, dkeys, dvalues};
     const struct qkv_job j = make_qkv_job(spec, acts);
+    const bool pieces = qkv_in_pieces(spec, acts, 5);
     const int64_t lanes = pieces ? 16 : 32, blocks = (j.n_tasks * lanes + THREADS - 1) / THREADS;
     const auto kernel = !pieces             ? split_qkv_kernel<1, 32, MAX_HALF / 32>
                         : j.head_dim <= 256 ? split_qkv_kernel<8, 16, 1>

@@ -107,4 +107,28 @@ static inline bool weight_in_pieces(const struct mat *w)
     return !w || (uintptr_t)w->data % 32 == 0;
 }
 
+/* --- queries, keys and values -------------------------------------------------------------------------------------- */
+
+/* Heads of a row of qkv; alone: of queries and nothing else. */
+static inline int qkv_heads(const struct qkv_spec *spec, bool alone)
+{
+    const struct heads *h = &spec->heads;
+    return h->n_heads + (alone ? 0 : spec->k_is_v ? 1 : 2) * h->n_kv_heads;
+}
+
+/* Whether split_qkv or, with gradients, its backward pass can take these; op: for the error. */
+extern "C" int cuda_check_qkv(const char *op, const struct qkv_spec *spec, const struct mat *qkv,
+                              const struct mat *q, const struct mat *keys, const struct mat *values);
+
+/* Whether heads may be read eight elements at a time: either half of every one is a whole number of them. acts: where
+ * they are, or NULL. */
+static inline bool qkv_in_pieces(const struct qkv_spec *spec, const struct mat *const *acts, int n)
+{
+    bool pieces = spec->heads.head_dim % 16 == 0 && in_pieces(spec->rope, 32) &&
+                  weight_in_pieces(spec->q_norm) && weight_in_pieces(spec->k_norm);
+    for (int i = 0; i < n; i++)
+        pieces = pieces && (!acts[i] || in_pieces(acts[i], 16));
+    return pieces;
+}
+
 #endif

@@ -229,22 +229,32 @@ extern "C" int cuda_rope_table(const struct backend *b, const float *inv_freq, i
     return cuda_launched("rope_table");
 }
 
+/* --- queries, keys and values ------------------------------------------------------------------------------------- */
+
 struct qkv_job {
     const bf16 *qkv;
-    bf16 *q, *keys, *values;
+    bf16 *q, *keys, *values; /* keys and values NULL: queries alone */
     const float *rope;
     int64_t qkv_stride, q_stride, keys_stride, values_stride, rope_stride;
     int64_t n_new, first_position, max_positions, n_tasks;
     int n_heads, n_kv_heads, head_dim;
-    bool q_normed, k_normed;
+    bool q_normed, k_normed, values_normed, k_is_v;
     struct norm_weight q_norm, k_norm;
     float eps;
 };
 
+/* A head on its way. */
+struct head_job {
+    const bf16 *x;
+    bf16 *out;
+    const float *table; /* by which it is turned, or NULL */
+    bool normed;
+    struct norm_weight norm;
+};
+
 /* Norm and turn of one head by L threads of a warp; lane l holds dimensions (l + L·k)·V … of either half. */
 template <int V, int L>
-static __device__ __forceinline__ void turn_head(const bf16 *x, bool normed, const struct norm_weight &w,
-                                                 float eps, const float *table, bf16 *out, int half)
+static __device__ __forceinline__ void turn_head(const struct head_job &h, float eps, int half)
 {
     constexpr int STEPS = MAX_HALF / L / V;
     float u[STEPS][V] = {}, v[STEPS][V] = {}, sum = 0;
@@ -254,128 +264,129 @@ static __device__ __forceinline__ void turn_head(const bf16 *x, bool normed, con
         const int i = (lane + L * k) * V;
         if (i >= half)
             continue;
-        load<bf16, V>(x + i, u[k]);
-        load<bf16, V>(x + half + i, v[k]);
+        load<bf16, V>(h.x + i, u[k]);
+        load<bf16, V>(h.x + half + i, v[k]);
 #pragma unroll
         for (int e = 0; e < V; e++)
             sum += u[k][e] * u[k][e] + v[k][e] * v[k][e];
     }
     for (int i = L / 2; i; i >>= 1)
         sum += __shfl_xor_sync(L == 32 ? 0xffffffffu : 0xffffu << (threadIdx.x & 16), sum, i, L);
-    const float scale = normed ? 1 / sqrtf(sum / (float)(2 * half) + eps) : 1;
+    const float scale = h.normed ? 1 / sqrtf(sum / (float)(2 * half) + eps) : 1;
 #pragma unroll
     for (int k = 0; k < STEPS; k++) {
         const int i = (lane + L * k) * V;
         if (i >= half)
             continue;
-        float c[V], s[V], low[V], high[V];
-        load_weight<V>(w, i, low);
-        load_weight<V>(w, half + i, high);
-        load<float, V>(table + i, c);
-        load<float, V>(table + half + i, s);
+        float c[V] = {}, s[V] = {}, low[V], high[V];
+        load_weight<V>(h.norm, i, low);
+        load_weight<V>(h.norm, half + i, high);
+        if (h.table) {
+            load<float, V>(h.table + i, c);
+            load<float, V>(h.table + half + i, s);
+        }
 #pragma unroll
         for (int e = 0; e < V; e++) {
-            const float a = normed ? u[k][e] * (low[e] * scale) : u[k][e];
-            const float b = normed ? v[k][e] * (high[e] * scale) : v[k][e];
-            u[k][e] = a * c[e] - b * s[e];
-            v[k][e] = b * c[e] + a * s[e];
+            const float a = h.normed ? u[k][e] * (low[e] * scale) : u[k][e];
+            const float b = h.normed ? v[k][e] * (high[e] * scale) : v[k][e];
+            u[k][e] = h.table ? a * c[e] - b * s[e] : a;
+            v[k][e] = h.table ? b * c[e] + a * s[e] : b;
         }
-        store<bf16, V>(out + i, u[k]);
-        store<bf16, V>(out + half + i, v[k]);
+        store<bf16, V>(h.out + i, u[k]);
+        store<bf16, V>(h.out + half + i, v[k]);
     }
 }
 
-/* L threads, a warp or half of one, for each head of each token: queries, then keys, then values. */
+/* L threads, a warp or half of one, for each head that a token gets: of queries, then of keys, then of values. */
 template <int V, int L> static __global__ void split_qkv_kernel(struct qkv_job j)
 {
     const int64_t task = (int64_t)blockIdx.x * (blockDim.x / L) + threadIdx.x / L;
     if (task >= j.n_tasks)
         return;
-    const int n = j.n_heads + 2 * j.n_kv_heads, head = (int)(task % n), half = j.head_dim / 2;
+    const int n = j.n_heads + (j.keys ? 2 * j.n_kv_heads : 0), head = (int)(task % n), key = head - j.n_heads,
+              value = key - j.n_kv_heads; /* not negative: it is one */
     const int64_t row = task / n, token = row % j.n_new;
     const int64_t slot = row / j.n_new * j.max_positions + j.first_position + token;
-    const bf16 *x = j.qkv + row * j.qkv_stride + (int64_t)head * j.head_dim;
-    const float *table = j.rope + token * j.rope_stride;
-    if (head < j.n_heads) {
-        turn_head<V, L>(x, j.q_normed, j.q_norm, j.eps, table, j.q + row * j.q_stride + head * j.head_dim,
-                        half);
-    } else if (head < j.n_heads + j.n_kv_heads) {
-        const int h = head - j.n_heads;
-        turn_head<V, L>(x, j.k_normed, j.k_norm, j.eps, table, j.keys + slot * j.keys_stride + h * j.head_dim,
-                        half);
+    const int from = value >= 0 && j.k_is_v ? head - j.n_kv_heads : head;
+    struct head_job h;
+    h.x = j.qkv + row * j.qkv_stride + (int64_t)from * j.head_dim;
+    h.table = value < 0 ? j.rope + token * j.rope_stride : NULL;
+    if (key < 0) {
+        h.out = j.q + row * j.q_stride + head * j.head_dim;
+        h.normed = j.q_normed, h.norm = j.q_norm;
+    } else if (value < 0) {
+        h.out = j.keys + slot * j.keys_stride + key * j.head_dim;
+        h.normed = j.k_normed, h.norm = j.k_norm;
     } else {
-        bf16 *out = j.values + slot * j.values_stride + (head - j.n_heads - j.n_kv_heads) * j.head_dim;
-        for (int i = threadIdx.x % L * V; i < j.head_dim; i += L * V) {
-            float e[V];
-            load<bf16, V>(x + i, e);
-            store<bf16, V>(out + i, e);
-        }
+        h.out = j.values + slot * j.values_stride + value * j.head_dim;
+        h.normed = j.values_normed, h.norm = {NULL, DTYPE_F32, 0};
     }
+    turn_head<V, L>(h, j.eps, j.head_dim / 2);
 }
 
-static int check_qkv(const struct qkv_spec *spec, const struct mat *qkv, const struct mat *q,
-                     const struct mat *keys, const struct mat *values)
+extern "C" int cuda_check_qkv(const char *op, const struct qkv_spec *spec, const struct mat *qkv,
+                              const struct mat *q, const struct mat *keys, const struct mat *values)
 {
     const struct heads *h = &spec->heads;
     const struct sequences *s = &spec->sequences;
-    const int64_t q_cols = (int64_t)h->n_heads * h->head_dim, kv_cols = (int64_t)h->n_kv_heads * h->head_dim;
-    if (!keys || spec->k_is_v || spec->values_normed)
-        return err_set(ERR_UNSUPPORTED, "split_qkv: queries alone, or values that are normed or keys too");
-    CHECK(h->head_dim > 0 && h->head_dim % 2 == 0 && qkv->rows % s->n == 0);
-    CHECK(qkv->cols == q_cols + 2 * kv_cols && q->cols == q_cols && q->rows == qkv->rows);
-    CHECK(keys->cols == kv_cols && values->cols == kv_cols && keys->rows >= s->n * s->max_positions);
-    CHECK(values->rows == keys->rows && s->first_position + qkv->rows / s->n <= s->max_positions);
+    const int64_t kv_cols = (int64_t)h->n_kv_heads * h->head_dim;
+    const struct mat *const acts[] = {qkv, q, keys, values}, *const norms[] = {spec->q_norm, spec->k_norm};
+    CHECK(h->head_dim > 0 && h->head_dim % 2 == 0 && qkv->rows % s->n == 0 && !keys == !values);
+    CHECK(qkv->rows <= INT32_MAX / (h->n_heads + 2 * h->n_kv_heads));
+    CHECK(qkv->cols == (int64_t)qkv_heads(spec, !keys) * h->head_dim);
+    CHECK(q->cols == (int64_t)h->n_heads * h->head_dim && q->rows == qkv->rows);
+    CHECK(!keys || (keys->cols == kv_cols && values->cols == kv_cols));
+    CHECK(!keys || (keys->rows >= s->n * s->max_positions && values->rows == keys->rows));
+    CHECK(s->first_position + qkv->rows / s->n <= s->max_positions);
     CHECK(spec->rope->cols == h->head_dim && spec->rope->rows >= qkv->rows / s->n);
-    CHECK(!spec->q_norm || spec->q_norm->cols == h->head_dim);
-    CHECK(!spec->k_norm || spec->k_norm->cols == h->head_dim);
-    const struct mat *acts[] = {qkv, q, keys, values};
-    int rc = check_dtype(spec->rope, DTYPE_F32, "split_qkv");
-    for (int i = 0; !rc && i < 4; i++)
-        rc = check_dtype(acts[i], DTYPE_BF16, "split_qkv");
-    if (!rc && spec->q_norm)
-        rc = cuda_check_float(spec->q_norm, "split_qkv");
-    if (!rc && spec->k_norm)
-        rc = cuda_check_float(spec->k_norm, "split_qkv");
+    int rc = check_dtype(spec->rope, DTYPE_F32, op);
+    for (int i = 0; !rc && i < (keys ? 4 : 2); i++)
+        rc = check_dtype(acts[i], DTYPE_BF16, op);
+    for (int i = 0; !rc && i < 2; i++) {
+        CHECK(!norms[i] || norms[i]->cols == h->head_dim);
+        rc = norms[i] ? cuda_check_float(norms[i], op) : 0;
+    }
     if (!rc && h->head_dim > 2 * MAX_HALF)
-        rc = err_set(ERR_UNSUPPORTED, "split_qkv: heads of %d, expected at most %d", h->head_dim,
-                     2 * MAX_HALF);
+        rc = err_set(ERR_UNSUPPORTED, "%s: heads of %d, expected at most %d", op, h->head_dim, 2 * MAX_HALF);
     return rc;
 }
 
 extern "C" int cuda_split_qkv(const struct backend *b, const struct qkv_spec *spec, const struct mat *qkv,
                               const struct mat *q, const struct mat *keys, const struct mat *values)
 {
-    const int rc = check_qkv(spec, qkv, q, keys, values);
+    const int rc = cuda_check_qkv("split_qkv", spec, qkv, q, keys, values);
     if (rc < 0 || qkv->rows == 0)
         return rc;
     const struct heads *h = &spec->heads;
     struct qkv_job j = {};
     j.qkv = (const bf16 *)qkv->data;
     j.q = (bf16 *)q->data;
-    j.keys = (bf16 *)keys->data;
-    j.values = (bf16 *)values->data;
     j.rope = (const float *)spec->rope->data;
     j.qkv_stride = qkv->stride;
     j.q_stride = q->stride;
-    j.keys_stride = keys->stride;
-    j.values_stride = values->stride;
+    if (keys) {
+        j.keys = (bf16 *)keys->data;
+        j.values = (bf16 *)values->data;
+        j.keys_stride = keys->stride;
+        j.values_stride = values->stride;
+    }
     j.rope_stride = spec->rope->stride;
     j.n_new = qkv->rows / spec->sequences.n;
     j.first_position = spec->sequences.first_position;
     j.max_positions = spec->sequences.max_positions;
-    j.n_tasks = qkv->rows * (h->n_heads + 2 * h->n_kv_heads);
+    j.n_tasks = qkv->rows * (h->n_heads + (keys ? 2 * h->n_kv_heads : 0));
     j.n_heads = h->n_heads;
     j.n_kv_heads = h->n_kv_heads;
     j.head_dim = h->head_dim;
     j.q_normed = spec->q_norm != NULL;
     j.k_normed = spec->k_norm != NULL;
+    j.values_normed = spec->values_normed;
+    j.k_is_v = spec->k_is_v;
     j.q_norm = norm_weight(spec->q_norm, &spec->norm);
     j.k_norm = norm_weight(spec->k_norm, &spec->norm);
     j.eps = spec->norm.eps;
-    /* eight elements an access where either half of every head is a whole number of them */
-    const bool pieces = h->head_dim % 16 == 0 && in_pieces(qkv, 16) && in_pieces(q, 16) &&
-                        in_pieces(keys, 16) && in_pieces(values, 16) && in_pieces(spec->rope, 32) &&
-                        weight_in_pieces(spec->q_norm) && weight_in_pieces(spec->k_norm);
+    const struct mat *const acts[] = {qkv, q, keys, values};
+    const bool pieces = qkv_in_pieces(spec, acts, 4);
     const int64_t lanes = pieces ? 16 : 32, blocks = (j.n_tasks * lanes + THREADS - 1) / THREADS;
     (pieces ? split_qkv_kernel<8, 16>
             : split_qkv_kernel<1, 32>)<<<(unsigned)blocks, THREADS, 0, cuda_state(b)->stream>>>(j);

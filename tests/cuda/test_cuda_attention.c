@@ -7,6 +7,8 @@
 
 static const double act_bound = 5e-3; /* rounding to BF16 alone: 1.6e-3 */
 static const double lse_bound = 1e-5; /* scores are FP32 sums */
+/* tanh by approximate instructions: to 2^-21, which is 2.4e-5 of a score where the cap is 50 */
+static const double capped_lse_bound = 3e-5;
 /* Weights and what the loss changes by the scores are rounded to BF16, 1.6e-3 each, and so is the gradient; where one key
  * has nearly all the weight, scores of hundreds carry their FP32 error into differences of nearly equal numbers. */
 static const double gradient_bound = 1e-2;
@@ -51,6 +53,14 @@ static struct twin make_cache(const struct attention_spec *spec, int64_t positio
     return t;
 }
 
+static void case_text(char text[120], const struct attention_spec *spec, int64_t rows)
+{
+    const struct sequences *s = &spec->sequences;
+    snprintf(text, 120, "heads %d/%d of %d, window %d, %d × %d rows at %d of %d, cap %g", spec->heads.n_heads,
+             spec->heads.n_kv_heads, spec->heads.head_dim, (int)spec->window, (int)s->n, (int)rows,
+             (int)s->first_position, (int)s->max_positions, (double)spec->softcap);
+}
+
 static void check_attention(struct outcome *o, const struct attention_spec *spec, int64_t rows, int64_t slack,
                             double amplitude)
 {
@@ -63,24 +73,30 @@ static void check_attention(struct outcome *o, const struct attention_spec *spec
                                .values = make_cache(spec, positions, slack + 8),
                                .out = twin_make(ACT, s->n * rows, cols, slack)};
     char text[120];
-    snprintf(text, sizeof text, "heads %d/%d of %d, window %d, %d × %d rows at %d", h->n_heads, h->n_kv_heads,
-             h->head_dim, (int)spec->window, (int)s->n, (int)rows, (int)s->first_position);
+    case_text(text, spec, rows);
     parity_case(run_attention, &a, &(struct result){o, &a.out, false}, 1, text);
     parity_free();
 }
 
 static const int dims[] = {32, 64, 80, 128, 256, 512}, head_counts[][2] = {{4, 1}, {4, 2}, {3, 3}, {8, 4}};
 
-static void test_attention(void **state)
+enum { MAX_CAPPED = 256 }; /* heads that a device need not go beyond with a soft cap */
+
+/* A soft cap that bites hard, that bites, or that leaves scores nearly as they are, in turn; 0 where there is none. */
+static float cap_of(size_t turn, bool capped)
 {
-    (void)state;
+    static const float caps[] = {0.7f, 5, 50};
+    return capped ? caps[turn % 3] : 0;
+}
+
+static void attention_cases(struct outcome *o, bool capped)
+{
     static const int64_t windows[] = {0, 1, 16, 512};
     static const struct {
         int64_t n, first, rows;
     } places[] = {{1, 0, 1},    {1, 0, 300}, {3, 0, 5},   {2, 37, 1},  {4, 600, 1},
                   {2, 100, 33}, {1, 511, 8}, {3, 20, 70}, {1, 250, 9}, {1, 63, 64},
                   {2, 0, 129},  {1, 700, 2}, {5, 1, 16},  {1, 30, 257}};
-    struct outcome o = {"attention", act_bound, 0, 0};
     for (size_t i = 0; i < N_OF(places) * N_OF(dims) * 4; i++) {
         /* head counts and windows take their turns */
         const int dim = dims[i % 6];
@@ -91,25 +107,40 @@ static void test_attention(void **state)
                                             {places[place].n, first, first + rows + (int64_t)(i % 2) * 5},
                                             1 / sqrtf((float)dim),
                                             windows[turn],
-                                            0};
-        check_attention(&o, &spec, rows, (int64_t)(i % 3) * 8, 4);
+                                            cap_of(i / 6, capped)};
+        if (!capped || dim <= MAX_CAPPED)
+            check_attention(o, &spec, rows, (int64_t)(i % 3) * 8, 4);
     }
+}
+
+static void test_attention(void **state)
+{
+    (void)state;
+    struct outcome o = {"attention", act_bound, 0, 0}, caps = {"attention, soft caps", act_bound, 0, 0};
+    attention_cases(&o, false);
+    attention_cases(&caps, true);
     parity_print(&o, "relative L2 error");
+    parity_print(&caps, "relative L2 error");
 }
 
 static void test_attention_every_length(void **state)
 {
     (void)state;
-    struct outcome o = {"attention, 1 … 300 new tokens", act_bound, 0, 0};
-    for (int64_t rows = 1; rows <= 300; rows++) {
-        const struct attention_spec spec = {
-            {2, 1, dims[rows % 4]}, {1 + rows % 2, rows * 7 % 60, 400}, 0.125f, rows % 3 ? 0 : 40, 0};
-        check_attention(&o, &spec, rows, 0, 4);
-    }
+    struct outcome o = {"attention, 1 … 300 new tokens, without and with a soft cap", act_bound, 0, 0};
+    for (int64_t rows = 1; rows <= 300; rows++)
+        for (int capped = 0; capped < 2; capped++) {
+            const struct attention_spec spec = {{2, 1, dims[rows % 4]},
+                                                {1 + rows % 2, rows * 7 % 60, 400},
+                                                0.125f,
+                                                rows % 3 ? 0 : 40,
+                                                cap_of((size_t)rows / 4, capped)};
+            check_attention(&o, &spec, rows, 0, 4);
+        }
     parity_print(&o, "relative L2 error");
 }
 
-/* Long contexts, as decoding meets them, and scores among which one decides. */
+/* Long contexts, as decoding meets them, with the wide heads that few keys and values go round, and scores among which
+ * one decides or that a cap makes nearly alike. */
 static void test_attention_extremes(void **state)
 {
     (void)state;
@@ -121,6 +152,13 @@ static void test_attention_extremes(void **state)
             check_attention(&o, &spec, rows, 0, 4);
             const struct attention_spec sharp = {{4, 2, 64}, {2, 300, 320}, 1, window, 0};
             check_attention(&peaks, &sharp, rows, 8, 30);
+            for (int kv_heads = 1; kv_heads <= 2; kv_heads++) {
+                const struct attention_spec wide = {{8, kv_heads, 512}, {1, 2000, 2020}, 0.05f, window, 0};
+                check_attention(&o, &wide, rows, 0, 4);
+                const struct attention_spec capped = {
+                    {4, kv_heads, 256}, {1, 2000, 2020}, 0.0625f, window, 50};
+                check_attention(&o, &capped, rows, 0, 60);
+            }
         }
     parity_print(&o, "relative L2 error");
     parity_print(&peaks, "relative L2 error");
@@ -128,12 +166,9 @@ static void test_attention_extremes(void **state)
 
 /* --- the softmax's sums, and the backward pass -------------------------------------------------------------------- */
 
-/* With sums, few new tokens take the kernel of many. */
-static void test_attention_lse(void **state)
+static void lse_cases(struct outcome *outs, struct outcome *sums, bool capped)
 {
-    (void)state;
     static const int64_t counts[] = {1, 3, 8, 9, 64, 130, 300}, windows[] = {0, 1, 16, 200};
-    struct outcome outs = {"attention with its sums", act_bound, 0, 0}, sums = {"lse", lse_bound, 0, 0};
     for (size_t i = 0; i < N_OF(counts) * N_OF(dims) * 2; i++) {
         const int dim = dims[i % 6];
         const size_t turn = i / 12;
@@ -143,7 +178,9 @@ static void test_attention_lse(void **state)
                                             {1 + (int64_t)(i % 3), first, first + rows + 3},
                                             i % 7 ? 1 / sqrtf((float)dim) : 1,
                                             windows[(turn + i / 2) % 4],
-                                            0};
+                                            cap_of(i / 6, capped)};
+        if (capped && dim > MAX_CAPPED)
+            continue;
         struct attention_args a = {.spec = spec,
                                    .q = twin_random(ACT, spec.sequences.n * rows, heads[0] * dim, slack, 4),
                                    .keys = make_cache(&spec, first + rows, slack),
@@ -151,14 +188,26 @@ static void test_attention_lse(void **state)
                                    .out = twin_make(ACT, spec.sequences.n * rows, heads[0] * dim, slack)};
         a.lse = twin_make(DTYPE_F32, spec.sequences.n * rows, heads[0], (int64_t)(i % 2));
         char text[120];
-        snprintf(text, sizeof text, "heads %d/%d of %d, window %d, %d × %d rows at %d", heads[0], heads[1],
-                 dim, (int)spec.window, (int)spec.sequences.n, (int)rows, (int)first);
+        case_text(text, &spec, rows);
         parity_case(run_attention_lse, &a,
-                    (const struct result[]){{&outs, &a.out, false}, {&sums, &a.lse, false}}, 2, text);
+                    (const struct result[]){{outs, &a.out, false}, {sums, &a.lse, false}}, 2, text);
         parity_free();
     }
-    parity_print(&outs, "relative L2 error");
-    parity_print(&sums, "relative L2 error");
+}
+
+/* With sums, few new tokens take the kernel of many. */
+static void test_attention_lse(void **state)
+{
+    (void)state;
+    for (int capped = 0; capped < 2; capped++) {
+        struct outcome outs = {capped ? "attention with its sums, soft caps" : "attention with its sums",
+                               act_bound, 0, 0},
+                       sums = {capped ? "lse, soft caps" : "lse", capped ? capped_lse_bound : lse_bound, 0,
+                               0};
+        lse_cases(&outs, &sums, capped);
+        parity_print(&outs, "relative L2 error");
+        parity_print(&sums, "relative L2 error");
+    }
 }
 
 /* Operands of a backward pass; out and lse are the CPU's, out rounded as the device has it, the same for both. */
@@ -193,12 +242,9 @@ static struct attention_args make_backward(const struct attention_spec *spec, in
 static void check_backward(struct outcome o[3], const struct attention_spec *spec, int64_t rows,
                            int64_t slack, double amplitude)
 {
-    const struct heads *h = &spec->heads;
     struct attention_args a = make_backward(spec, rows, slack, amplitude);
     char text[120];
-    snprintf(text, sizeof text, "heads %d/%d of %d, window %d, %d × %d rows of %d", h->n_heads, h->n_kv_heads,
-             h->head_dim, (int)spec->window, (int)spec->sequences.n, (int)rows,
-             (int)spec->sequences.max_positions);
+    case_text(text, spec, rows);
     const struct result results[] = {
         {&o[0], &a.dq, false}, {&o[1], &a.dkeys, false}, {&o[2], &a.dvalues, false}};
     parity_case(run_backward, &a, results, 3, text);
@@ -219,15 +265,12 @@ static void print_outcomes(const struct outcome o[3])
         parity_print(&o[i], "relative L2 error");
 }
 
-static void test_backward(void **state)
+static void backward_cases(struct outcome o[3], bool capped)
 {
-    (void)state;
     static const int64_t windows[] = {0, 16, 129, 200};
     static const struct {
         int64_t n, rows;
     } places[] = {{1, 2}, {3, 5}, {1, 64}, {2, 128}, {2, 129}, {1, 300}, {3, 33}, {1, 513}};
-    struct outcome o[3];
-    start_outcomes(o);
     for (size_t i = 0; i < N_OF(places) * N_OF(dims) * 4; i++) {
         /* head counts and windows take their turns */
         const int dim = dims[i % 6];
@@ -238,10 +281,21 @@ static void test_backward(void **state)
                                             {places[place].n, 0, rows + (int64_t)(i % 2) * 5},
                                             1 / sqrtf((float)dim),
                                             windows[turn],
-                                            0};
-        check_backward(o, &spec, rows, (int64_t)(i % 3) * 8, 4);
+                                            cap_of(i / 6, capped)};
+        if (!capped || dim <= MAX_CAPPED)
+            check_backward(o, &spec, rows, (int64_t)(i % 3) * 8, 4);
     }
-    print_outcomes(o);
+}
+
+static void test_backward(void **state)
+{
+    (void)state;
+    for (int capped = 0; capped < 2; capped++) {
+        struct outcome o[3];
+        start_outcomes(o);
+        backward_cases(o, capped);
+        print_outcomes(o);
+    }
 }
 
 static void test_backward_every_length(void **state)
@@ -249,11 +303,15 @@ static void test_backward_every_length(void **state)
     (void)state;
     struct outcome o[3];
     start_outcomes(o);
-    for (int64_t rows = 2; rows <= 270; rows++) {
-        const struct attention_spec spec = {
-            {2, 1, dims[rows % 4]}, {1 + rows % 2, 0, 280}, 0.125f, rows % 3 ? 0 : 40, 0};
-        check_backward(o, &spec, rows, 0, 4);
-    }
+    for (int64_t rows = 2; rows <= 270; rows++)
+        for (int capped = 0; capped < 2; capped++) {
+            const struct attention_spec spec = {{2, 1, dims[rows % 4]},
+                                                {1 + rows % 2, 0, 280},
+                                                0.125f,
+                                                rows % 3 ? 0 : 40,
+                                                cap_of((size_t)rows / 4, capped)};
+            check_backward(o, &spec, rows, 0, 4);
+        }
     print_outcomes(o);
 }
 
@@ -277,6 +335,9 @@ static void test_backward_extremes(void **state)
         {{{2, 1, 64}, {1, 0, 600}, 0.125f, 257, 0}, 600, 4},
         {{{2, 1, 64}, {1, 0, 600}, 0.125f, 258, 0}, 600, 4},
         {{{8, 8, 8}, {15, 0, 897}, 0.3f, 0, 0}, 897, 4},
+        {{{8, 1, 512}, {1, 0, 300}, 0.05f, 0, 0}, 300, 4},
+        {{{8, 2, 512}, {1, 0, 300}, 0.05f, 0, 0}, 300, 4},
+        {{{8, 4, 256}, {1, 0, 600}, 0.0625f, 257, 50}, 600, 60},
     };
     struct outcome o[3];
     start_outcomes(o);
@@ -286,6 +347,20 @@ static void test_backward_extremes(void **state)
 }
 
 /* What a device cannot take it has to refuse. */
+static void test_attention_refusals(void **state)
+{
+    (void)state;
+    const struct attention_spec spec = {{1, 1, 512}, {1, 0, 4}, 0.125f, 0, 50};
+    const struct attention_args a = {.spec = spec,
+                                     .q = twin_random(ACT, 4, 512, 0, 1),
+                                     .keys = twin_random(ACT, 4, 512, 0, 1),
+                                     .values = twin_random(ACT, 4, 512, 0, 1),
+                                     .out = twin_make(ACT, 4, 512, 0)};
+    const int rc = run_attention(&side[DEVICE], DEVICE, &a);
+    if (rc)
+        assert_error(rc, ERR_UNSUPPORTED, "attention: a soft cap on heads of 512");
+}
+
 static void test_backward_refusals(void **state)
 {
     (void)state;
@@ -330,6 +405,7 @@ int main(int argc, char **argv)
         cmocka_unit_test_teardown(test_attention_every_length, parity_clean_up),
         cmocka_unit_test_teardown(test_attention_extremes, parity_clean_up),
         cmocka_unit_test_teardown(test_attention_alignment, parity_clean_up),
+        cmocka_unit_test_teardown(test_attention_refusals, parity_clean_up),
         cmocka_unit_test_teardown(test_attention_lse, parity_clean_up),
         cmocka_unit_test_teardown(test_backward, parity_clean_up),
         cmocka_unit_test_teardown(test_backward_every_length, parity_clean_up),

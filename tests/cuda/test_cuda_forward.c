@@ -187,10 +187,11 @@ static void check_model(const char *name, const char *folder)
     model_close(&model);
 }
 
-static void check_cuts(const char *name, const char *folder)
+/* The first n of these. */
+static void check_cuts(const char *name, const char *folder, size_t n)
 {
     static const struct quant_scheme schemes[] = {{4, true, 128}, {4, false, 32}, {8, true, 0}};
-    for (size_t i = 0; i < N_OF(schemes); i++) {
+    for (size_t i = 0; i < n && i < N_OF(schemes); i++) {
         struct cut_options o = cutting_options(folder, support_path("%s-%zu", name, i));
         char text[100];
         snprintf(text, sizeof text, "%s, %d bits%s, group %d", name, schemes[i].bits,
@@ -206,7 +207,47 @@ static void test_made_up_model(void **state)
     (void)state;
     const char *folder = cutting_model("plain", &tiny_gemma_plain);
     check_model("made-up", folder);
-    check_cuts("made-up", folder);
+    check_cuts("made-up", folder, 3);
+}
+
+/* Every other family with heads as wide as its models have: Gemma 1; 2 with soft caps that bite; 4 with inputs of the
+ * layers' own and shared keys and values; 4 with values that are the keys. */
+static void test_families(void **state)
+{
+    (void)state;
+#define TYPES                                                                                                \
+    "\"layer_types\": [\"sliding_attention\", \"full_attention\", \"sliding_attention\", \"full_attention\"], "
+#define WIDE                                                                                                 \
+    .hidden = 256, .ffn = 384, .vocab = 1100, .heads = 4, .head_dim = 256, .window = 100, .dtype = DTYPE_BF16
+    static const struct tiny_gemma models[] = {
+        {.model_type = "gemma", .layers = 3, .kv_heads = 1, WIDE},
+        {.model_type = "gemma2",
+         .more = "\"query_pre_attn_scalar\": 24, \"attn_logit_softcapping\": 1.0, "
+                 "\"final_logit_softcapping\": 2.0,",
+         .layers = 4,
+         .kv_heads = 2,
+         WIDE},
+        {.model_type = "gemma4_text",
+         .more = TYPES "\"num_kv_shared_layers\": 2, \"use_double_wide_mlp\": true, "
+                       "\"hidden_size_per_layer_input\": 128, \"global_head_dim\": 512, "
+                       "\"final_logit_softcapping\": 2.0,",
+         .layers = 4,
+         .kv_heads = 1,
+         WIDE},
+        {.model_type = "gemma4_text",
+         .more =
+             TYPES "\"attention_k_eq_v\": true, \"hidden_size_per_layer_input\": 0, \"per_layer_config\": "
+                   "{\"1\": {\"head_dim\": 512, \"num_key_value_heads\": 1}, "
+                   "\"3\": {\"head_dim\": 512, \"num_key_value_heads\": 1}},",
+         .layers = 4,
+         .kv_heads = 2,
+         WIDE},
+    };
+    for (size_t i = 0; i < N_OF(models); i++) {
+        const char *folder = cutting_model(tiny_family_names[i], &models[i]);
+        check_model(tiny_family_names[i], folder);
+        check_cuts(tiny_family_names[i], folder, 1);
+    }
 }
 
 static void test_model(void **state)
@@ -215,13 +256,14 @@ static void test_model(void **state)
     if (!model_folder)
         skip();
     check_model(model_folder, model_folder);
-    check_cuts("cut", model_folder);
+    check_cuts("cut", model_folder, 3);
 }
 
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_teardown(test_made_up_model, parity_clean_up),
+        cmocka_unit_test_teardown(test_families, parity_clean_up),
         cmocka_unit_test_teardown(test_model, parity_clean_up),
     };
     model_folder = argc > 2 ? argv[2] : NULL;

@@ -2,6 +2,7 @@
  * keys and values; and that a NaN comes through every operation.
  *   test_cuda_ops [DEVICE]      default: cuda:0 */
 #include "tests/cuda/parity.h"
+#include "tests/cuda/split_case.h"
 
 #include <math.h>
 
@@ -172,61 +173,52 @@ static void test_rope_table(void **state)
 }
 
 struct split_args {
-    struct qkv_spec spec; /* its matrices are set from those below */
+    struct split_case c; /* the matrices of its spec are set from those below */
     struct twin qkv, rope, q_norm, k_norm, q, keys, values;
-    bool q_normed, k_normed;
 };
 
 static int run_split(const struct backend *b, enum side s, const void *args)
 {
     const struct split_args *a = args;
-    struct qkv_spec spec = a->spec;
-    spec.q_norm = a->q_normed ? &a->q_norm.m[s] : NULL;
-    spec.k_norm = a->k_normed ? &a->k_norm.m[s] : NULL;
+    struct qkv_spec spec = a->c.spec;
+    spec.q_norm = a->c.q_normed ? &a->q_norm.m[s] : NULL;
+    spec.k_norm = a->c.k_normed ? &a->k_norm.m[s] : NULL;
     spec.rope = &a->rope.m[s];
-    return b->core->split_qkv(b, &spec, &a->qkv.m[s], &a->q.m[s], &a->keys.m[s], &a->values.m[s]);
+    return b->core->split_qkv(b, &spec, &a->qkv.m[s], &a->q.m[s], a->c.alone ? NULL : &a->keys.m[s],
+                              a->c.alone ? NULL : &a->values.m[s]);
 }
 
-static void check_split(struct outcome o[2], const struct heads *h, const struct sequences *s, int64_t length,
-                        size_t kind)
+/* o[1]: of values that are copied, bit for bit */
+static void check_split(struct outcome o[2], const struct split_case *c)
 {
-    const int64_t kv = h->n_kv_heads * h->head_dim, slots = s->n * s->max_positions + 2,
-                  slack = slacks[kind % 3];
+    const struct heads *h = &c->spec.heads;
+    const struct sequences *s = &c->spec.sequences;
+    const int64_t kv = h->n_kv_heads * h->head_dim, tokens = s->n * c->length,
+                  slots = s->n * s->max_positions + 2, slack = slacks[c->kind % 3];
     struct split_args a = {
-        .spec = {.heads = *h, .sequences = *s, .norm = {1e-6f, kind % 2}},
-        .qkv = twin_random(ACT, s->n * length, h->n_heads * h->head_dim + 2 * kv, slack, 3),
-        .rope = twin_random(DTYPE_F32, length + (int64_t)(kind % 2), h->head_dim, slack, 1),
-        .q_norm = twin_random(float_types[kind % 3], 1, h->head_dim, 0, 1),
-        .k_norm = twin_random(float_types[kind / 3 % 3], 1, h->head_dim, 0, 1),
-        .q = twin_make(ACT, s->n * length, h->n_heads * h->head_dim, slack),
+        .c = *c,
+        .qkv = twin_random(ACT, tokens, c->cols, slack, 3),
+        .rope = twin_random(DTYPE_F32, c->length + (int64_t)(c->kind % 2), h->head_dim, slack, 1),
+        .q_norm = twin_random(float_types[c->kind % 3], 1, h->head_dim, 0, 1),
+        .k_norm = twin_random(float_types[c->kind / 3 % 3], 1, h->head_dim, 0, 1),
+        .q = twin_make(ACT, tokens, h->n_heads * h->head_dim, slack),
         .keys = twin_make(ACT, slots, kv, slack),
-        .values = twin_make(ACT, slots, kv, slack + 8),
-        .q_normed = kind & 1,
-        .k_normed = kind & 2};
+        .values = twin_make(ACT, slots, kv, slack + 8)};
     const struct result results[] = {
-        {&o[0], &a.q, false}, {&o[0], &a.keys, false}, {&o[1], &a.values, false}};
-    char text[120];
-    snprintf(text, sizeof text, "heads %d/%d of %d, %d × %d tokens at %d, norms %d, slack %d", h->n_heads,
-             h->n_kv_heads, h->head_dim, (int)s->n, (int)length, (int)s->first_position, (int)(kind & 3),
-             (int)slack);
-    parity_case(run_split, &a, results, N_OF(results), text);
+        {&o[0], &a.q, false}, {&o[0], &a.keys, false}, {&o[!c->spec.values_normed], &a.values, false}};
+    parity_case(run_split, &a, results, c->alone ? 1 : N_OF(results), c->text);
     parity_free();
 }
 
 static void test_split_qkv(void **state)
 {
     (void)state;
-    static const int heads[][2] = {{1, 1}, {4, 1}, {4, 2}, {3, 3}}, dims[] = {2, 32, 64, 80, 256, 512};
-    static const int64_t n_sequences[] = {1, 3}, lengths[] = {1, 5, 33}, firsts[] = {0, 7};
-    struct outcome o[2] = {{"split_qkv: queries and keys", act_bound, 0, 0}, {"split_qkv: values", 0, 0, 0}};
-    for (size_t i = 0; i < 4 * 6 * 2 * 3 * 2; i++)
-        for (size_t kind = 0; kind < 4; kind++) {
-            const struct heads h = {heads[i % 4][0], heads[i % 4][1], dims[i / 4 % 6]};
-            const int64_t length = lengths[i / 48 % 3], first = firsts[i / 144];
-            const struct sequences s = {n_sequences[i / 24 % 2], first,
-                                        first + length + (int64_t)(i % 3) * 4};
-            check_split(o, &h, &s, length, kind + 4 * (i % 9));
-        }
+    struct outcome o[2] = {{"split_qkv: queries, keys, normed values", act_bound, 0, 0},
+                           {"split_qkv: values", 0, 0, 0}};
+    for (size_t i = 0; i < SPLIT_CASES; i++) {
+        const struct split_case c = split_case_of(i);
+        check_split(o, &c);
+    }
     parity_print(&o[0], "relative L2 error");
     parity_print(&o[1], "relative L2 error");
 }

@@ -2,6 +2,7 @@
  * through every one of them. AutoRound's step is in test_cuda_tune.c.
  *   test_cuda_train [DEVICE]      default: cuda:0 */
 #include "tests/cuda/parity.h"
+#include "tests/cuda/split_case.h"
 
 #include <math.h>
 
@@ -282,45 +283,43 @@ static void test_geglu_extremes(void **state)
 /* --- queries, keys and values ----------------------------------------------------------------------------------- */
 
 struct split_args {
-    struct qkv_spec spec; /* its matrices are set from those below */
+    struct split_case c; /* the matrices of its spec are set from those below */
     struct twin qkv, rope, q_norm, k_norm, dq, dkeys, dvalues, dqkv;
-    bool q_normed, k_normed, in_place;
+    bool in_place;
 };
 
 static int run_split(const struct backend *b, enum side s, const void *args)
 {
     const struct split_args *a = args;
-    struct qkv_spec spec = a->spec;
-    spec.q_norm = a->q_normed ? &a->q_norm.m[s] : NULL;
-    spec.k_norm = a->k_normed ? &a->k_norm.m[s] : NULL;
+    struct qkv_spec spec = a->c.spec;
+    spec.q_norm = a->c.q_normed ? &a->q_norm.m[s] : NULL;
+    spec.k_norm = a->c.k_normed ? &a->k_norm.m[s] : NULL;
     spec.rope = &a->rope.m[s];
     const struct mat *dqkv = &a->dqkv.m[s];
     return b->train->split_qkv_backward(b, &spec, a->in_place ? dqkv : &a->qkv.m[s], &a->dq.m[s],
-                                        &a->dkeys.m[s], &a->dvalues.m[s], dqkv);
+                                        a->c.alone ? NULL : &a->dkeys.m[s],
+                                        a->c.alone ? NULL : &a->dvalues.m[s], dqkv);
 }
 
-static void check_split(struct outcome *o, const struct heads *h, const struct sequences *s, int64_t length,
-                        size_t kind)
+static void check_split(struct outcome *o, const struct split_case *c)
 {
-    const int64_t q = h->n_heads * h->head_dim, kv = h->n_kv_heads * h->head_dim,
-                  slots = s->n * s->max_positions + 2, slack = slacks[kind % 3];
-    struct split_args a = {.spec = {.heads = *h, .sequences = *s, .norm = {1e-6f, kind % 2}},
-                           .qkv = twin_random(ACT, s->n * length, q + 2 * kv, slack, 3),
-                           .rope =
-                               twin_random(DTYPE_F32, length + (int64_t)(kind % 2), h->head_dim, slack, 1),
-                           .q_norm = twin_random(float_types[kind % 3], 1, h->head_dim, 0, 1),
-                           .k_norm = twin_random(float_types[kind / 3 % 3], 1, h->head_dim, 0, 1),
-                           .dq = twin_random(ACT, s->n * length, q, slack, 1),
-                           .dkeys = twin_random(ACT, slots, kv, slack, 1),
-                           .dvalues = twin_random(ACT, slots, kv, slack + 8, 1),
-                           .q_normed = kind & 1,
-                           .k_normed = kind & 2,
-                           .in_place = kind / 4 % 2};
-    a.dqkv = a.in_place ? a.qkv : twin_make(ACT, s->n * length, q + 2 * kv, slack);
-    char text[120];
-    snprintf(text, sizeof text, "heads %d/%d of %d, %d × %d tokens at %d, norms %d, slack %d%s", h->n_heads,
-             h->n_kv_heads, h->head_dim, (int)s->n, (int)length, (int)s->first_position, (int)(kind & 3),
-             (int)slack, a.in_place ? ", in place" : "");
+    const struct heads *h = &c->spec.heads;
+    const struct sequences *s = &c->spec.sequences;
+    const int64_t q = h->n_heads * h->head_dim, kv = h->n_kv_heads * h->head_dim, tokens = s->n * c->length,
+                  slots = s->n * s->max_positions + 2, slack = slacks[c->kind % 3];
+    struct split_args a = {
+        .c = *c,
+        .qkv = twin_random(ACT, tokens, c->cols, slack, 3),
+        .rope = twin_random(DTYPE_F32, c->length + (int64_t)(c->kind % 2), h->head_dim, slack, 1),
+        .q_norm = twin_random(float_types[c->kind % 3], 1, h->head_dim, 0, 1),
+        .k_norm = twin_random(float_types[c->kind / 3 % 3], 1, h->head_dim, 0, 1),
+        .dq = twin_random(ACT, tokens, q, slack, 1),
+        .dkeys = twin_random(ACT, slots, kv, slack, 1),
+        .dvalues = twin_random(ACT, slots, kv, slack + 8, 1),
+        .in_place = c->kind / 4 % 2};
+    char text[200];
+    snprintf(text, sizeof text, "%s%s", c->text, a.in_place ? ", in place" : "");
+    a.dqkv = a.in_place ? a.qkv : twin_make(ACT, tokens, c->cols, slack);
     parity_case(run_split, &a, &(struct result){o, &a.dqkv, false}, 1, text);
     parity_free();
 }
@@ -328,17 +327,11 @@ static void check_split(struct outcome *o, const struct heads *h, const struct s
 static void test_split_qkv(void **state)
 {
     (void)state;
-    static const int heads[][2] = {{1, 1}, {4, 1}, {4, 2}, {3, 3}}, dims[] = {2, 32, 64, 80, 256, 512};
-    static const int64_t n_sequences[] = {1, 3}, lengths[] = {1, 5, 33}, firsts[] = {0, 7};
     struct outcome o = {"split_qkv_backward", act_bound, 0, 0};
-    for (size_t i = 0; i < 4 * 6 * 2 * 3 * 2; i++)
-        for (size_t kind = 0; kind < 4; kind++) {
-            const struct heads h = {heads[i % 4][0], heads[i % 4][1], dims[i / 4 % 6]};
-            const int64_t length = lengths[i / 48 % 3], first = firsts[i / 144];
-            const struct sequences s = {n_sequences[i / 24 % 2], first,
-                                        first + length + (int64_t)(i % 3) * 4};
-            check_split(&o, &h, &s, length, kind + 4 * (i % 9));
-        }
+    for (size_t i = 0; i < SPLIT_CASES; i++) {
+        const struct split_case c = split_case_of(i);
+        check_split(&o, &c);
+    }
     parity_print(&o, "relative L2 error");
 }
 

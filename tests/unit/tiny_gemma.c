@@ -1,9 +1,12 @@
 #include "tests/unit/tiny_gemma.h"
 
 #include "base/file.h"
+#include "base/text.h"
 #include "formats/writer.h"
 #include "tests/unit/naive.h"
 #include "tests/unit/support.h"
+
+#include <math.h>
 
 const struct tiny_gemma tiny_gemma_plain = {.hidden = 256,
                                             .ffn = 4352,
@@ -75,17 +78,20 @@ void tiny_gemma_tensors(const struct tiny_gemma *g, struct gemma_config *cfg, st
     hf_config_close(&config);
 }
 
-/* offset: what is added to the values */
+/* offset: what is added to the values. Where norms multiply by their weights alone, nothing divides the scores: keys that
+ * were as long as queries would leave a softmax of nearly one key. */
 static void write_tensor(const struct tiny_gemma *g, const struct writer *w, size_t id,
                          const struct gemma_tensor *t, float offset, uint64_t *seed)
 {
     const int64_t n = t->shape[0] * (t->n_dims == 2 ? t->shape[1] : 1);
     const size_t size = dtype_bytes(g->dtype);
+    const float length =
+        offset != 0 && text_ends_with(t->name, "k_norm.weight") ? 2 / sqrtf((float)t->shape[0]) : 1;
     char *data = malloc((size_t)n * size);
     assert_non_null(data);
     for (int64_t i = 0; i < n; i++) {
         const double u = support_uniform(seed), v = support_uniform(seed);
-        float x = (float)(0.1 * u * v + (i % 97 == 3 ? 0.2 * u : 0)) + offset; /* a few outliers */
+        float x = length * ((float)(0.1 * u * v + (i % 97 == 3 ? 0.2 * u : 0)) + offset); /* a few outliers */
         if (g->bad_tensor && !strcmp(g->bad_tensor, t->name) && i == g->bad_index)
             x = g->bad_value;
         const uint16_t h = x != x ? (g->dtype == DTYPE_F16 ? 0x7e00 : 0x7fc0)
