@@ -15,7 +15,8 @@
 
 enum {
     RESERVE_BYTES = 16 << 20,
-    DROP_BYTES = 64 << 10, /* writes of at least this much drop their page tables */
+    LARGE_BYTES =
+        64 << 10, /* writes of at least this much make and drop their page tables by one call each */
 };
 
 struct tmpfs_file {
@@ -75,12 +76,26 @@ int tmpfs_file_open(struct tmpfs_file **out, int fd, uint64_t bytes)
     return err_errno("mapping %llu bytes", (unsigned long long)bytes);
 }
 
+/* The pages that are written to next, taken from the file system where nobody has, and mapped: 0 or an errno. That needs no
+ * lock of the whole file, unlike a reservation, and no fault for each page. */
+static int take_pages(struct tmpfs_file *m, uint64_t first, uint64_t end)
+{
+    if (madvise(m->data + first, (size_t)(end - first), MADV_POPULATE_WRITE) == 0)
+        return 0;
+    if (errno == EFAULT) /* writing would be a signal */
+        return ENOSPC;
+    if (errno != EINVAL)
+        return errno;
+    /* before Linux 5.14 */
+    return end > atomic_load(&m->reserved) ? reserve(m->fd, first, end - first) : 0;
+}
+
 /* The page tables of what is written are dropped at once: at the end that would be one thread's work. */
 int tmpfs_file_put(struct tmpfs_file *m, const void *data, size_t n, uint64_t at)
 {
     const uint64_t page = 4096, first = at / page * page;
-    if (at + n > atomic_load(&m->reserved)) {
-        const int code = reserve(m->fd, at, n);
+    if (n >= LARGE_BYTES || at + n > atomic_load(&m->reserved)) {
+        const int code = take_pages(m, first, at + n);
         if (code == EINTR)
             return err_interrupted();
         if (code) {
@@ -89,7 +104,7 @@ int tmpfs_file_put(struct tmpfs_file *m, const void *data, size_t n, uint64_t at
         }
     }
     memcpy(m->data + at, data, n);
-    if (n >= DROP_BYTES)
+    if (n >= LARGE_BYTES)
         madvise(m->data + first, (size_t)(at + n - first), MADV_DONTNEED);
     return 0;
 }

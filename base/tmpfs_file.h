@@ -1,8 +1,8 @@
 /* Writing a file that lies in memory (tmpfs) from many threads. By pwrite they wait for each other: 16 of them reached
  * 1.9 GB/s, 18 GB/s through a mapping. (On a disk a mapping is the slower way.) The file's pages are reserved from the
- * front by a thread of its own, so that nobody waits for all of them; who writes beyond that point reserves for himself:
- * a full tmpfs is an error. (Only where another program takes the last pages in the moment between reserving and writing
- * would it be a signal.) */
+ * front by a thread of its own, so that nobody waits for all of them; who writes beyond that point takes them himself: a
+ * full tmpfs is an error. (Only where another program takes the last pages in the moment between taking and writing would
+ * it be a signal, on kernels before 5.14.) */
 #ifndef GEMCUT_BASE_TMPFS_FILE_H
 #define GEMCUT_BASE_TMPFS_FILE_H
 

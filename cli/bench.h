@@ -95,6 +95,13 @@ int64_t bench_many_tokens(const struct backend *b); /* 16384; the CPU: 512 */
 
 /* --- the checkpoint ------------------------------------------------------------------------------------------------ */
 
+/* What a tensor's values are drawn from: such that activations, and attention's scores, are of order one. plain_norms: as
+ * the family says. */
+struct bench_normal {
+    double mean, sigma;
+};
+struct bench_normal bench_tensor_normal(const struct bench_tensor *t, bool plain_norms);
+
 /* Writes a checkpoint of that shape and its config.json into an existing empty folder: the same bytes for the same seed,
  * whatever the number of threads. */
 int bench_make_checkpoint(const char *folder, const struct bench_shape *shape, uint64_t seed,

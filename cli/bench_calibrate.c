@@ -78,8 +78,8 @@ static void on_end(void *ctx, const struct cut *cut)
 {
     struct result *r = ctx;
     r->totals = cut_totals(cut);
-    const struct bench_pass pass = {r->data.samples, r->data.length,
-                                    r->totals.calibration.capture.keep_inner};
+    const struct bench_pass pass = {r->data.samples, r->data.length, r->totals.calibration.capture.keep_inner,
+                                    r->totals.calibration.capture.n_ids};
     bench_work_count(r->amounts, cut_source(cut), cut_plan(cut), &r->q->recipe, &pass);
     memcpy(r->rounds[r->n_done].works, cut_seconds(cut), sizeof r->rounds->works);
 }

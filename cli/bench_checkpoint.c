@@ -5,6 +5,7 @@
 #include "base/err.h"
 #include "base/file.h"
 #include "base/mem.h"
+#include "cli/bench_work.h"
 #include "cli/human.h"
 #include "cli/output.h"
 #include "cli/progress.h"
@@ -24,17 +25,23 @@ static const uint64_t SHARD_BYTES = 5000000000;
 
 enum { PIECE_BYTES = 4 << 20 }; /* made, then written, at a time by one thread */
 
-/* What a tensor's values look like. Norms are near 0, because Gemma 3 multiplies by 1 + w. */
-enum { LIKE_WEIGHTS, LIKE_NORMS, N_LIKENESSES };
+/* A distribution, and its table of values. */
+struct drawn {
+    struct bench_normal from;
+    struct bench_values values;
+};
 
 struct maker {
     const struct bench_tensors *tensors;
+    bool plain_norms; /* the family's */
     uint64_t seed;
     struct writer *writer;
     size_t *ids;        /* [tensors] of the writer */
-    size_t *first_task; /* [tensors + 1] */
+    size_t *first_task; /* [tensors] */
+    size_t *draws;      /* [tensors]: which of drawn */
     uint16_t **pieces;  /* [workers] */
-    struct bench_values values[N_LIKENESSES];
+    struct drawn *drawn;
+    size_t n_drawn, capacity;
 };
 
 static int make_task(void *ctx, size_t task, int worker)
@@ -44,11 +51,29 @@ static int make_task(void *ctx, size_t task, int worker)
     const struct bench_tensor *t = &m->tensors->list[low];
     const uint64_t at = (task - m->first_task[low]) * (uint64_t)PIECE_BYTES;
     const size_t n = (size_t)(t->bytes - at < PIECE_BYTES ? t->bytes - at : PIECE_BYTES);
-    const struct bench_values *v = &m->values[strstr(t->name, "norm") ? LIKE_NORMS : LIKE_WEIGHTS];
-    bench_fill(v, bench_mix(m->seed) + low, at / 2, n / 2, m->pieces[worker]);
+    bench_fill(&m->drawn[m->draws[low]].values, bench_mix(m->seed) + low, at / 2, n / 2, m->pieces[worker]);
     const int rc = writer_put(m->writer, m->ids[low], at, m->pieces[worker], n);
     progress_advance(n, NULL);
     return rc;
+}
+
+/* Tensors of one shape and role share a table. */
+static int choose_values(struct maker *m, size_t i)
+{
+    const struct bench_normal from = bench_tensor_normal(&m->tensors->list[i], m->plain_norms);
+    size_t at = 0;
+    while (at < m->n_drawn && (m->drawn[at].from.mean != from.mean || m->drawn[at].from.sigma != from.sigma))
+        at++;
+    m->draws[i] = at;
+    if (at < m->n_drawn)
+        return 0;
+    const int rc = mem_grow(&m->drawn, &m->capacity, at + 1, sizeof *m->drawn, "made-up numbers");
+    if (rc < 0)
+        return rc;
+    m->drawn[at].from = from;
+    bench_values_normal(&m->drawn[at].values, from.mean, from.sigma);
+    m->n_drawn++;
+    return 0;
 }
 
 /* Announces the tensors and shares them out; *n_tasks in all. */
@@ -64,6 +89,8 @@ static int plan(struct maker *m, size_t *n_tasks)
         m->first_task[i] = *n_tasks;
         *n_tasks += (size_t)((t->bytes + PIECE_BYTES - 1) / PIECE_BYTES);
         rc = writer_add(m->writer, t->name, t->name, t->dtype, t->n_dims, t->dims, &m->ids[i]);
+        if (!rc)
+            rc = choose_values(m, i);
     }
     return rc;
 }
@@ -72,8 +99,9 @@ static int allocate(struct maker *m, int n_workers)
 {
     m->ids = mem_alloc(m->tensors->n, sizeof *m->ids, "the tensors of a shape");
     m->first_task = mem_alloc(m->tensors->n, sizeof *m->first_task, "the tensors of a shape");
+    m->draws = mem_alloc(m->tensors->n, sizeof *m->draws, "the tensors of a shape");
     m->pieces = mem_alloc((size_t)n_workers, sizeof *m->pieces, "pieces of tensors");
-    int rc = m->ids && m->first_task && m->pieces ? 0 : ERR_MEMORY;
+    int rc = m->ids && m->first_task && m->draws && m->pieces ? 0 : ERR_MEMORY;
     for (int i = 0; !rc && i < n_workers; i++)
         if (!(m->pieces[i] = mem_alloc_aligned(PIECE_BYTES, "a piece of a tensor")))
             rc = ERR_MEMORY;
@@ -88,6 +116,8 @@ static void free_maker(struct maker *m, int n_workers)
     free(m->pieces);
     free(m->ids);
     free(m->first_task);
+    free(m->draws);
+    free(m->drawn);
 }
 
 /* config.json comes last: a folder that has one is complete. */
@@ -100,27 +130,23 @@ static int write_config(const char *folder, const struct bench_shape *shape)
     return rc;
 }
 
-static int make_weights(const char *folder, const struct bench_tensors *tensors, uint64_t seed,
-                        struct parallel *pool)
+static int make_weights(struct maker *m, const char *folder, struct parallel *pool)
 {
-    struct maker m = {.tensors = tensors, .seed = seed};
     size_t n_tasks;
-    int rc = allocate(&m, parallel_workers(pool));
+    int rc = allocate(m, parallel_workers(pool));
     if (!rc)
-        rc = writer_open(&m.writer, folder, SHARD_BYTES);
+        rc = writer_open(&m->writer, folder, SHARD_BYTES);
     if (!rc)
-        rc = plan(&m, &n_tasks);
+        rc = plan(m, &n_tasks);
     if (!rc)
-        rc = writer_begin(m.writer, false);
-    bench_values_normal(&m.values[LIKE_WEIGHTS], 0, 0.02);
-    bench_values_normal(&m.values[LIKE_NORMS], 0, 0.1);
+        rc = writer_begin(m->writer, false);
     if (!rc)
-        rc = parallel_for(pool, n_tasks, make_task, &m);
+        rc = parallel_for(pool, n_tasks, make_task, m);
     if (!rc)
-        rc = writer_index(m.writer);
+        rc = writer_index(m->writer);
     if (!rc)
-        rc = writer_finish(m.writer);
-    free_maker(&m, parallel_workers(pool));
+        rc = writer_finish(m->writer);
+    free_maker(m, parallel_workers(pool));
     return rc;
 }
 
@@ -128,14 +154,20 @@ int bench_make_checkpoint(const char *folder, const struct bench_shape *shape, u
                           struct parallel *pool)
 {
     struct bench_tensors tensors;
+    struct gemma_config config;
     char label[96];
-    int rc = bench_shape_expand(shape, &tensors);
+    int rc = bench_shape_config(shape, &config);
+    if (rc < 0)
+        return rc;
+    struct maker m = {.tensors = &tensors, .plain_norms = config.family->plain_norms, .seed = seed};
+    gemma_config_free(&config);
+    rc = bench_shape_expand(shape, &tensors);
     if (rc < 0)
         return rc;
     snprintf(label, sizeof label, "making a %s", shape->name);
     progress_begin(label, PROGRESS_BYTES, tensors.bytes);
     const double start = clock_seconds();
-    rc = make_weights(folder, &tensors, seed, pool);
+    rc = make_weights(&m, folder, pool);
     progress_end();
     output_detail("made at %.2f GB/s, flushed", (double)tensors.bytes / (clock_seconds() - start) / 1e9);
     bench_tensors_free(&tensors);

@@ -3,6 +3,7 @@
 #include "base/err.h"
 #include "base/mem.h"
 #include "cli/bench_case.h"
+#include "quantize/layer_inputs.h"
 #include "runtime/weights.h"
 
 #include <math.h>
@@ -153,7 +154,7 @@ void bench_work_count(double out[N_WORK], const struct model *m, const struct re
     const struct gemma_config *g = &m->gemma;
     const double tokens = (double)pass->samples * (double)pass->length;
     memset(out, 0, N_WORK * sizeof *out);
-    out[WORK_LOAD] = (double)weights_part_bytes(m, WEIGHTS_OUTER);
+    out[WORK_LOAD] = (double)(weights_part_bytes(m, WEIGHTS_OUTER) + layer_inputs_read_bytes(m, pass->n_ids));
     for (int layer = 0; layer < (int)g->n_layers; layer++) {
         out[WORK_LOAD] += (double)weights_part_bytes(m, layer);
         count_attention(out, g, layer, recipe, pass);

@@ -16,11 +16,12 @@ extern const enum bench_unit bench_work_units[N_WORK];
 struct bench_pass {
     int64_t samples, length;
     bool keep_inner; /* the down projection's inputs are kept, so gate and up run once */
+    int64_t n_ids;   /* different ones, where layers have inputs of their own */
 };
 
 /* Amounts of every kind. With T = samples·length tokens, and for each set of linears with the same inputs (q/k/v, o,
  * gate/up, down) N = rows of all of them and K = columns:
- *     load      bytes of the weights, the embedding among them
+ *     load      bytes of the weights, the embedding among them, but of the layers' table only the rows that occur
  *     forward   2·N·K·T, but not down of the last block, and gate/up twice where its results are not kept;
  *               4·heads·head_dim for each pair of query and key; with a tuning all of that once for the reference and,
  *               but for the last block, once behind it, and for a start from codes, set by set, all but down once more

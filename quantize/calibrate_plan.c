@@ -5,6 +5,7 @@
 #include "base/err.h"
 #include "base/mem.h"
 #include "kernels/budget.h"
+#include "quantize/layer_inputs.h"
 
 #include <stdlib.h>
 
@@ -129,11 +130,13 @@ int calibrate_plan(struct calibrate_plan *out, const struct model *m, const stru
     if (rc < 0)
         return rc;
     other += tuning + experts;
-    /* the embedding is there only while there is nothing but the states */
-    const uint64_t outer = weights_part_bytes(m, WEIGHTS_OUTER) + weights_loader_bytes(b);
+    /* the embedding, and rows of the layers' table, are there only while there is nothing but the states */
+    const uint64_t table = layer_inputs_bytes(m, out->capture.n_ids, out->capture.batch * data->length);
+    const uint64_t outer = weights_part_bytes(m, WEIGHTS_OUTER) + weights_loader_bytes(b) + table;
     out->device_bytes = out->capture.device_bytes + reserved + (other > outer ? other : outer);
     const struct result_bytes result = sets_largest_result(plan);
-    out->host_bytes = out->capture.host_bytes + (b->host_memory ? 0 : results_bytes(&result));
+    const uint64_t results = results_bytes(&result);
+    out->host_bytes = out->capture.host_bytes + (b->host_memory ? 0 : results > table ? results : table);
     if (out->device_bytes <= allowed)
         return 0;
     char need[32], has[32];

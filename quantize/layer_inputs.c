@@ -2,6 +2,7 @@
 
 #include "base/err.h"
 #include "base/mem.h"
+#include "base/parallel.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -53,12 +54,119 @@ static struct token_batch rows_of(const struct layer_inputs *l, int layer, int64
     return (struct token_batch){.first_row = layer * l->n_ids + first, .rows = n};
 }
 
-/* Of the ids [first, first + x->rows), of all layers. */
-static int make_some(const struct layer_inputs *l, const struct weights *w, int64_t first,
+/* --- rows of the table -------------------------------------------------------------------------------------------- */
+
+enum {
+    IDS_AT_A_TIME = 4096, /* 88 MB of Gemma 4 E4B's */
+    TASK_BYTES = 1 << 20, /* read by one thread */
+};
+
+/* The rows of some ids, on their way to the device. */
+struct table_rows {
+    const struct checkpoint *checkpoint;
+    const struct tensor *table;
+    struct parallel *pool;
+    struct staged_buf memory; /* [at_a_time, layers·ple] */
+    int32_t *numbers;         /* [at_a_time]: 0, 1, … */
+    int64_t at_a_time, n;
+    const int32_t *ids; /* [n], ascending */
+};
+
+static uint64_t row_bytes(const struct tensor *t)
+{
+    return (uint64_t)tensor_cols(t) * dtype_bytes(t->dtype);
+}
+
+static const struct tensor *find_table(const struct model *m)
+{
+    const struct gemma_tensor *table = model_table(m);
+    return table ? checkpoint_tensor(&m->checkpoint, table->name) : NULL;
+}
+
+static int64_t ids_at_a_time(int64_t n_ids, int64_t rows)
+{
+    const int64_t n = rows < IDS_AT_A_TIME ? rows : IDS_AT_A_TIME;
+    return n_ids < n ? n_ids : n;
+}
+
+uint64_t layer_inputs_bytes(const struct model *m, int64_t n_ids, int64_t rows)
+{
+    return layer_inputs_read_bytes(m, ids_at_a_time(n_ids, rows));
+}
+
+uint64_t layer_inputs_read_bytes(const struct model *m, int64_t n_ids)
+{
+    const struct tensor *t = find_table(m);
+    return t ? (uint64_t)n_ids * row_bytes(t) : 0;
+}
+
+static int64_t task_rows(const struct tensor *t)
+{
+    const int64_t rows = (int64_t)(TASK_BYTES / row_bytes(t));
+    return rows ? rows : 1;
+}
+
+/* Rows of neighbouring ids are read at once. */
+static int read_task(void *ctx, size_t task, int worker)
+{
+    const struct table_rows *r = ctx;
+    const uint64_t bytes = row_bytes(r->table);
+    const int64_t first = (int64_t)task * task_rows(r->table), left = r->n - first,
+                  end = left < task_rows(r->table) ? r->n : first + task_rows(r->table);
+    int rc = 0;
+    (void)worker;
+    for (int64_t i = first, next; !rc && i < end; i = next) {
+        for (next = i + 1; next < end && r->ids[next] == r->ids[next - 1] + 1; next++)
+            ;
+        rc = checkpoint_read(r->checkpoint, r->table, (uint64_t)r->ids[i] * bytes,
+                             (size_t)((uint64_t)(next - i) * bytes),
+                             (char *)r->memory.host + (uint64_t)i * bytes);
+    }
+    return rc;
+}
+
+/* Brings the rows of n ids to the device, once it has done with those before. */
+static int read_rows(struct table_rows *r, const struct backend *b, const int32_t *ids, int64_t n)
+{
+    const int64_t step = task_rows(r->table);
+    r->ids = ids;
+    r->n = n;
+    int rc = b->core->wait(b);
+    if (!rc)
+        rc = parallel_for(r->pool, (size_t)((n + step - 1) / step), read_task, r);
+    return rc ? rc : b->core->stage_in(b, &r->memory, 0, (size_t)((uint64_t)n * row_bytes(r->table)));
+}
+
+static int open_rows(struct table_rows *r, const struct model *m, const struct backend *b, int64_t at_a_time)
+{
+    *r = (struct table_rows){.checkpoint = &m->checkpoint, .table = find_table(m), .at_a_time = at_a_time};
+    CHECK(r->table);
+    r->numbers = mem_alloc((size_t)at_a_time, sizeof *r->numbers, "the ids of the text");
+    int rc = r->numbers ? parallel_open(&r->pool, 0) : ERR_MEMORY;
+    for (int64_t i = 0; !rc && i < at_a_time; i++)
+        r->numbers[i] = (int32_t)i;
+    return rc ? rc
+              : b->core->acquire_staging(b, (size_t)((uint64_t)at_a_time * row_bytes(r->table)),
+                                         r->table->name, &r->memory);
+}
+
+/* The device has done with them. */
+static void close_rows(struct table_rows *r, const struct backend *b)
+{
+    if (r->memory.host)
+        b->core->release_staging(b, &r->memory);
+    parallel_close(r->pool);
+    free(r->numbers);
+}
+
+/* --- making them ---------------------------------------------------------------------------------------------------- */
+
+/* Of the ids [first, first + x->rows), whose rows of the table are there, of all layers. */
+static int make_some(const struct layer_inputs *l, const struct weights *w, const int32_t *ids, int64_t first,
                      const struct mat *x, const struct block_input *in)
 {
     const struct backend *b = w->backend;
-    int rc = b->core->embed(b, &w->embedding, in->ids, sqrtf((float)w->config.hidden_size), x);
+    int rc = b->core->embed(b, &w->embedding, ids + first, sqrtf((float)w->config.hidden_size), x);
     if (!rc)
         rc = b->core->scale(b, 1, x, false, &in->x0);
     for (int layer = 0; !rc && layer < (int)w->config.n_layers; layer++) {
@@ -76,19 +184,30 @@ static int make_some(const struct layer_inputs *l, const struct weights *w, int6
 int layer_inputs_make(struct layer_inputs *l, const struct weights *w, const struct dataset *data,
                       const struct mat *x, const struct block_input *in)
 {
+    const struct backend *b = w->backend;
+    struct table_rows table = {0};
     int32_t *ids = NULL;
     int rc = list_ids(l, data, w->config.vocab_size, &ids);
     CHECK(rc < 0 || l->states.all.rows == l->n_ids * w->config.n_layers);
+    if (!rc)
+        rc = open_rows(&table, w->model, b, ids_at_a_time(l->n_ids, x->rows));
     for (int64_t first = 0, n; !rc && first < l->n_ids; first += n) {
-        n = l->n_ids - first < x->rows ? l->n_ids - first : x->rows;
+        n = l->n_ids - first < table.at_a_time ? l->n_ids - first : table.at_a_time;
         const struct mat rows = mat_rows(x, 0, n);
-        const struct block_input part = {.ids = ids + first,
+        const int64_t cols = tensor_cols(table.table);
+        const struct block_input part = {.table = {table.memory.device, table.table->dtype, n, cols, cols},
+                                         .ids = table.numbers,
                                          .x0 = mat_rows(&in->x0, 0, n),
                                          .sum = mat_rows(&in->sum, 0, n),
                                          .input = mat_rows(&in->input, 0, n),
                                          .gate = mat_rows(&in->gate, 0, n)};
-        rc = make_some(l, w, first, &rows, &part);
+        rc = read_rows(&table, b, ids + first, n);
+        if (!rc)
+            rc = make_some(l, w, ids, first, &rows, &part);
     }
+    if (!rc)
+        rc = b->core->wait(b);
+    close_rows(&table, b);
     l->layer = -1;
     free(ids);
     return rc;

@@ -18,10 +18,16 @@ struct layer_inputs {
 /* How many different ids there are, all below vocab. */
 int layer_inputs_count(const struct dataset *data, int64_t vocab, int64_t *n);
 
-/* Computes them all; l->states is placed, the outer weights are loaded. x: F32 [rows, hidden] to work in, so many ids at a
- * time; in: the same rows, ids left out. */
+/* Computes them all; l->states is placed, the outer weights are loaded. Of the table only the rows of these ids are read.
+ * x: F32 [rows, hidden] to work in, at most so many ids at a time; in: the same rows, table and ids left out. */
 int layer_inputs_make(struct layer_inputs *l, const struct weights *w, const struct dataset *data,
                       const struct mat *x, const struct block_input *in);
+
+/* What that takes beside, of the device and, where it has memory of its own, of the host too; and what it reads of the
+ * table. rows: of x */
+uint64_t layer_inputs_bytes(const struct model *m, int64_t n_ids, int64_t rows);
+uint64_t layer_inputs_read_bytes(const struct model *m, int64_t n_ids);
+
 void layer_inputs_free(struct layer_inputs *l);
 
 /* Brings a layer's to the device. */

@@ -74,7 +74,7 @@ int block_make_input(const struct weights *w, int layer, const struct block_inpu
 {
     const struct backend *b = w->backend;
     const struct gemma_config *c = &w->config;
-    const struct mat table = mat_cols(&w->per_layer.table, layer * c->ple_size, c->ple_size),
+    const struct mat table = mat_cols(&in->table, layer * c->ple_size, c->ple_size),
                      projection = mat_rows(&w->per_layer.projection, layer * c->ple_size, c->ple_size);
     struct norm_spec spec = block_norm(c);
     spec.eps *= (float)c->hidden_size;

@@ -16,7 +16,8 @@ struct block_pass {
 
 /* Layers' own inputs, of these tokens. */
 struct block_input {
-    const int32_t *ids;     /* on the host */
+    struct mat table;       /* [·, layers·ple]: all rows of weights.per_layer's, or those of some ids */
+    const int32_t *ids;     /* rows of it, on the host */
     struct mat x0;          /* act [tokens, hidden]: what the first block begins with */
     struct mat sum;         /* F32 [tokens, ple], overwritten as the gate */
     struct mat input;       /* act [tokens, ple], as the next ones: the layer's */
@@ -47,7 +48,7 @@ int block_mlp(const struct weights *w, int layer, const struct mat *normed, cons
 int block_join(const struct weights *w, const struct mat *branch, const struct mat *post_norm,
                const struct mat *x, const struct mat *next, const struct mat *normed);
 
-/* A layer's own input from ids and x0. The outer weights are loaded. */
+/* A layer's own input from table, ids and x0. The outer weights are loaded. */
 int block_make_input(const struct weights *w, int layer, const struct block_input *in);
 
 /* x += what the layer's own input gives; branch and normed [tokens, hidden] are overwritten */

@@ -168,7 +168,8 @@ static int mlp_branch(struct forward *f, int layer, int64_t n, const int32_t *id
         layer + 1 < f->w->config.n_layers ? &f->w->blocks[layer + 1].input_norm : &f->w->final_norm;
     struct block_input input = f->input;
     if (f->w->config.ple_size)
-        input = (struct block_input){.ids = ids,
+        input = (struct block_input){.table = f->w->per_layer.table,
+                                     .ids = ids,
                                      .x0 = mat_rows(&input.x0, 0, tokens),
                                      .sum = mat_rows(&input.sum, 0, tokens),
                                      .input = mat_rows(&input.input, 0, tokens),

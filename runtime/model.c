@@ -273,6 +273,14 @@ size_t model_n_dequantized(const struct model *m)
     return n;
 }
 
+const struct gemma_tensor *model_table(const struct model *m)
+{
+    for (size_t i = 0; m->gemma.ple_size && i < m->tensors.n; i++)
+        if (text_ends_with(m->tensors.list[i].name, ".embed_tokens_per_layer.weight"))
+            return &m->tensors.list[i];
+    return NULL;
+}
+
 int model_live_tensors(const struct model *m, const bool *apart, struct checkpoint *out)
 {
     const struct checkpoint *all = &m->checkpoint;

@@ -55,6 +55,9 @@ int model_bind(struct model *m, model_problem on_problem, void *ctx);
 /* Whether a quantized linear has all that it needs, after model_bind with problems. */
 bool model_is_bound(const struct model_linear *l);
 
+/* The table of the layers' own inputs, [vocab, layers·ple]; NULL where they have none. */
+const struct gemma_tensor *model_table(const struct model *m);
+
 /* A view of the checkpoint without the tensors that nothing reads (gemma_is_dead), and with experts one by one in layers with
  * apart[layer] alone: what a cut is made from. Its list is the caller's to free; the rest is the model's. */
 int model_live_tensors(const struct model *m, const bool *apart, struct checkpoint *out);

@@ -538,7 +538,7 @@ static void describe_block(struct weights *w, int64_t i)
 
 int weights_open(struct weights *w, const struct model *m, const struct backend *b)
 {
-    *w = (struct weights){.backend = b, .config = m->gemma};
+    *w = (struct weights){.model = m, .backend = b, .config = m->gemma};
     w->blocks = mem_alloc((size_t)m->gemma.n_layers, sizeof *w->blocks, "the blocks");
     w->experts = mem_alloc((size_t)(m->gemma.n_layers * m->gemma.n_experts), sizeof *w->experts, "the experts");
     w->loader = mem_alloc(1, sizeof *w->loader, "the loader");
@@ -561,7 +561,8 @@ static int plan_part(struct weights *w, int part)
     l->part = part;
     int rc = load_linears(l);
     for (size_t i = 0; !rc && i < l->m->tensors.n; i++)
-        if (!gemma_is_linear(l->m->tensors.list[i].role) && l->m->tensors.list[i].layer == part)
+        if (!gemma_is_linear(l->m->tensors.list[i].role) &&
+            weights_part(l->m, &l->m->tensors.list[i]) == part)
             rc = load_plain(l, &l->m->tensors.list[i]);
     return rc;
 }
@@ -591,7 +592,7 @@ void weights_unload_part(struct weights *w, int part)
 int weights_load(struct weights *w, const struct model *m, const struct backend *b)
 {
     int rc = weights_open(w, m, b);
-    for (int part = WEIGHTS_OUTER; !rc && part < (int)m->gemma.n_layers; part++)
+    for (int part = WEIGHTS_TABLE; !rc && part < (int)m->gemma.n_layers; part++)
         rc = plan_part(w, part);
     if (!rc)
         rc = run_transfers(w->loader);
@@ -618,7 +619,7 @@ uint64_t weights_part_bytes(const struct model *m, int part)
     }
     for (size_t i = 0; i < m->tensors.n; i++)
         if (!gemma_is_linear(m->tensors.list[i].role) && m->tensors.list[i].role != GEMMA_SCALAR &&
-            m->tensors.list[i].layer == part)
+            weights_part(m, &m->tensors.list[i]) == part)
             bytes += checkpoint_tensor(&m->checkpoint, m->tensors.list[i].name)->bytes;
     return bytes;
 }
@@ -626,7 +627,7 @@ uint64_t weights_part_bytes(const struct model *m, int part)
 uint64_t weights_bytes(const struct model *m)
 {
     uint64_t bytes = 0;
-    for (int part = WEIGHTS_OUTER; part < (int)m->gemma.n_layers; part++)
+    for (int part = WEIGHTS_TABLE; part < (int)m->gemma.n_layers; part++)
         bytes += weights_part_bytes(m, part);
     return bytes;
 }

@@ -61,6 +61,7 @@ struct per_layer_weights {
 };
 
 struct weights {
+    const struct model *model;
     const struct backend *backend;
     struct gemma_config config; /* its layers are the model's own */
     struct mat embedding;       /* [vocab, hidden]; the output head too */
@@ -82,10 +83,19 @@ void weights_free(struct weights *w);
 
 /* The same in parts, for models that are worked on a block at a time: nothing is on the device after weights_open, and
  * only what has been loaded may be used. */
-enum { WEIGHTS_OUTER = -1 }; /* embedding and last norm; blocks count from 0 */
+enum {
+    WEIGHTS_TABLE = -2, /* of the layers' own inputs: large, and few of its rows may do */
+    WEIGHTS_OUTER = -1, /* embedding, last norm, what else the layers' own inputs need; blocks count from 0 */
+};
 int weights_open(struct weights *out, const struct model *m, const struct backend *b);
 int weights_load_part(struct weights *w, int part);
 void weights_unload_part(struct weights *w, int part);
+
+/* Which part a tensor belongs to. */
+static inline int weights_part(const struct model *m, const struct gemma_tensor *t)
+{
+    return t == model_table(m) ? WEIGHTS_TABLE : t->layer;
+}
 
 /* Bytes that weights_load takes from the device, and weights_load_part. */
 uint64_t weights_bytes(const struct model *m);

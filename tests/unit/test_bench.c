@@ -249,7 +249,7 @@ static void count(double out[N_WORK], const struct recipe_args *args, const char
     struct model m;
     struct recipe recipe = {.ragged = RAGGED_SMALLER};
     struct recipe_plan plan;
-    const struct bench_pass pass = {3, length, keep_inner};
+    const struct bench_pass pass = {3, length, keep_inner, 0};
     assert_ok(recipe_args_apply(args, &recipe));
     assert_ok(recipe_parse_scheme("w4a16", &recipe.scheme));
     assert_ok(recipe_parse_group(group, &recipe.scheme.group));

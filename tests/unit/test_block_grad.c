@@ -149,7 +149,8 @@ static void make_input(struct loaded *l, int layer, const int32_t *ids, const st
     const int64_t ple = l->weights.config.ple_size;
     if (!ple)
         return;
-    const struct block_input in = {.ids = ids,
+    const struct block_input in = {.table = l->weights.per_layer.table,
+                                   .ids = ids,
                                    .x0 = *x,
                                    .sum = make(DTYPE_F32, TOKENS, ple),
                                    .input = make(DTYPE_F32, TOKENS, ple),

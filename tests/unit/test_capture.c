@@ -3,6 +3,8 @@
  * models are made up (tiny_gemma.h); that of Gemma 4 has layers that read the keys and values of earlier ones, and inputs
  * of their own. */
 #include "quantize/capture.h"
+#include "kernels/budget.h"
+#include "quantize/layer_inputs.h"
 #include "quantize/sets.h"
 #include "runtime/forward.h"
 #include "tests/unit/cutting.h"
@@ -209,6 +211,51 @@ static void test_streams(void **state)
     print_outcome(&tape);
 }
 
+/* The table of layers' own inputs stays in the file but for the rows of the ids that occur, and what the plan counts is
+ * what is taken. */
+static void test_table(void **state)
+{
+    struct model m;
+    struct weights w;
+    struct capture *c;
+    struct capture_plan plan;
+    struct work_clock clock;
+    bool seen[61] = {false};
+    int64_t n_ids = 0;
+    (void)state;
+    const struct tiny_gemma *g = &tiny_families[TINY_GEMMA4_SHARING];
+    assert_ok(model_open(&m, cutting_model(tiny_family_names[TINY_GEMMA4_SHARING], g)));
+    assert_ok(model_bind(&m, NULL, NULL));
+    for (int i = 0; i < TOKENS; i++) {
+        n_ids += !seen[data.ids[i]];
+        seen[data.ids[i]] = true;
+    }
+    const struct gemma_tensor *t = model_table(&m);
+    const uint64_t row = (uint64_t)t->shape[1] * 2;
+    assert_true(t->shape[0] == g->vocab && t->shape[1] == g->layers * m.gemma.ple_size);
+    assert_int_equal(weights_part_bytes(&m, WEIGHTS_TABLE), (uint64_t)g->vocab * row);
+    assert_int_equal(layer_inputs_bytes(&m, n_ids, 10000), (uint64_t)n_ids * row);
+    assert_int_equal(layer_inputs_bytes(&m, n_ids, 5), 5 * row);
+    assert_int_equal(layer_inputs_bytes(&m, 9000, 10000), 4096 * row);
+    work_begin(&clock, NULL);
+    assert_ok(capture_plan(&plan, &m.gemma, &cpu[1], &data, false, UINT64_MAX));
+    assert_int_equal(plan.n_ids, n_ids);
+    assert_ok(weights_open(&w, &m, &cpu[1]));
+    /* all of it fits, and not a byte less does */
+    const uint64_t rows = (uint64_t)(plan.batch * LENGTH),
+                   need = plan.device_bytes + weights_part_bytes(&m, WEIGHTS_OUTER) +
+                          layer_inputs_bytes(&m, n_ids, (int64_t)rows);
+    const uint64_t before = budget_taken();
+    budget_set(before + need - 1);
+    assert_error(capture_open(&c, &w, &data, &plan, -1, &clock), ERR_MEMORY, "embed_tokens_per_layer");
+    budget_set(before + need);
+    assert_ok(capture_open(&c, &w, &data, &plan, -1, &clock));
+    budget_set(0);
+    capture_close(c);
+    weights_free(&w);
+    model_close(&m);
+}
+
 static int close_all(void **state)
 {
     close_backends(state);
@@ -217,6 +264,7 @@ static int close_all(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test_teardown(test_streams, clean_up)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test_teardown(test_streams, clean_up),
+                                       cmocka_unit_test_teardown(test_table, clean_up)};
     return cmocka_run_group_tests(tests, make_data, close_all);
 }
