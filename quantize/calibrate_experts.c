@@ -6,18 +6,26 @@
 #include "base/mem.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 enum { DEVICE_WORKERS = 8 }; /* solvers that a device which is not the host is shared by */
 
-size_t calibrate_expert_sizes(const struct recipe_plan *plan, struct gptq_size out[2])
+size_t calibrate_expert_sizes(const struct recipe_plan *plan, struct gptq_size out[EXPERT_SIZES])
 {
-    static const enum gemma_fused kinds[2] = {FUSED_GATE_UP, FUSED_DOWN};
     size_t n = 0;
-    for (size_t i = 0; !n && i < plan->n; i++) /* those of the first layer that has some: all are alike */
-        for (int k = 0; k < 2 && plan->linears[i].quantized && plan->linears[i].tensor->expert >= 0; k++) {
-            const struct set s = set_find(plan, plan->linears[i].tensor->layer, kinds[k], 0);
-            out[n++] = (struct gptq_size){s.rows, s.cols, set_group(&s)};
-        }
+    for (size_t i = 0; i < plan->n; i++) { /* the experts of a layer are all alike */
+        const struct gemma_tensor *t = plan->linears[i].tensor;
+        if (!plan->linears[i].quantized || t->expert != 0 || t->role == GEMMA_UP)
+            continue;
+        const struct set s = set_find(plan, t->layer, gemma_fused_set(t->role), 0);
+        const struct gptq_size size = {s.rows, s.cols, set_group(&s)};
+        bool known = false;
+        for (size_t k = 0; k < n; k++)
+            known = known || !memcmp(&out[k], &size, sizeof size);
+        CHECK(known || n < EXPERT_SIZES);
+        if (!known)
+            out[n++] = size;
+    }
     return n;
 }
 
@@ -35,7 +43,7 @@ int calibrate_open_experts(struct run *r, const struct calibrate_plan *plan)
 {
     struct expert_solvers *x = &r->experts;
     static struct work_clock uncounted; /* by themselves */
-    struct gptq_size sizes[2];
+    struct gptq_size sizes[EXPERT_SIZES];
     const size_t n = calibrate_expert_sizes(r->plan, sizes);
     int64_t cols = 0;
     for (size_t i = 0; i < n; i++)
