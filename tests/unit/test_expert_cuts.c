@@ -228,7 +228,7 @@ static void test_kept(void **state)
     }
 }
 
-/* Layers may have groups of their own; what is planned is enough for the finest. */
+/* Layers may have groups of their own. */
 static void test_own_groups(void **state)
 {
     (void)state;
@@ -239,6 +239,42 @@ static void test_own_groups(void **state)
     o.recipe.overrides = overrides;
     o.recipe.n_overrides = N_OF(overrides);
     check_good(made(&o));
+}
+
+static uint64_t planned(const char *glob)
+{
+    static const struct tiny_gemma wide = {
+        .model_type = "gemma4_text",
+        .more =
+            "\"enable_moe_block\": true, \"num_experts\": 2, \"top_k_experts\": 1, \"moe_intermediate_size\": "
+            "512, \"hidden_size_per_layer_input\": 0,",
+        .hidden = 512,
+        .ffn = 64,
+        .vocab = 64,
+        .layers = 2,
+        .heads = 2,
+        .kv_heads = 1,
+        .head_dim = 32,
+        .dtype = DTYPE_BF16};
+    struct recipe_override override = {(char *)glob, {4, true, 256}};
+    struct cut_options o = gptq("unused");
+    struct cut *c;
+    o.model = cutting_model("wide", &wide);
+    o.recipe.scheme.group = 0;
+    o.recipe.overrides = &override;
+    o.recipe.n_overrides = 1;
+    assert_ok(cut_open(&c, &o));
+    const uint64_t bytes = cut_totals(c).calibration.device_bytes;
+    cut_close(c);
+    return bytes;
+}
+
+/* The equations for the scales of several long groups in a row take most, whichever layer has them. */
+static void test_planned_for_all(void **state)
+{
+    (void)state;
+    assert_int_equal(planned("*layers.1.experts*"), planned("*experts*"));
+    assert_int_equal(planned("*layers.0.experts*"), planned("*experts*"));
 }
 
 static int lift_budget(void **state)
@@ -489,6 +525,7 @@ int main(void)
         cmocka_unit_test(test_record),
         cmocka_unit_test(test_kept),
         cmocka_unit_test(test_own_groups),
+        cmocka_unit_test(test_planned_for_all),
         cmocka_unit_test_teardown(test_few_at_once, lift_budget),
         cmocka_unit_test(test_killed),
         cmocka_unit_test(test_converted),
