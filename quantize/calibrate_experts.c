@@ -170,6 +170,7 @@ static void note_starved(struct run *r, int layer)
     const int64_t floor = capture_expert_floor(&r->m->gemma, r->data);
     for (int e = 0; e < (int)r->m->gemma.n_experts; e++) {
         const int64_t n = capture_expert_tokens(r->capture, e);
+        x->n_seen++;
         x->n_starved += n < floor;
         if (n >= x->fewest)
             continue;
@@ -177,12 +178,16 @@ static void note_starved(struct run *r, int layer)
         x->fewest_layer = layer;
         x->fewest_expert = e;
     }
-    if (layer + 1 == (int)r->m->gemma.n_layers && x->n_starved)
+}
+
+static void warn_of_starved(const struct run *r)
+{
+    const struct expert_solvers *x = &r->experts;
+    if (x->n_starved)
         log_warn("the text sent fewer than %lld tokens to %lld of %lld experts (fewest: %lld, layer %d, expert %d); they "
                  "got others up to that; more samples would help",
-                 (long long)floor, (long long)x->n_starved,
-                 (long long)(r->m->gemma.n_layers * r->m->gemma.n_experts), (long long)x->fewest,
-                 x->fewest_layer, x->fewest_expert);
+                 (long long)capture_expert_floor(&r->m->gemma, r->data), (long long)x->n_starved,
+                 (long long)x->n_seen, (long long)x->fewest, x->fewest_layer, x->fewest_expert);
 }
 
 int calibrate_run_experts(struct run *r, int layer)
@@ -198,6 +203,8 @@ int calibrate_run_experts(struct run *r, int layer)
     }
     if (!rc && set_quantized(&some))
         note_starved(r, layer);
+    if (!rc && layer + 1 == (int)r->m->gemma.n_layers)
+        warn_of_starved(r);
     free(known);
     return rc;
 }

@@ -34,7 +34,8 @@ struct expert_solvers {
     struct buf hessian; /* of `at_once` experts */
     int at_once;
     pthread_mutex_t lock; /* of the outbox, and of the following */
-    int64_t n_starved;    /* experts of all layers that had fewer tokens than the floor */
+    int64_t n_seen;       /* experts of all layers that are quantized, … */
+    int64_t n_starved;    /* … and those of them that had fewer tokens than the floor */
     int64_t fewest;       /* of any, … */
     int fewest_layer, fewest_expert;
 };
