@@ -3,7 +3,8 @@
 # same every time, nearly the same numbers, and what is refused or interrupted leaves nothing behind but what can be
 # resumed.
 #   tests/cuda/end_to_end.sh GEMCUT MODEL [TEXT]
-# TEXT: UTF-8 to run on, by default what ships with gemcut. DEVICE names another device than cuda:0. Exit code 77
+# TEXT: UTF-8 to run on, by default what ships with gemcut. DEVICE names another device than cuda:0, OTHER a model of
+# another family that the main cases are run for too, by default data/model/gemma4-tiny where that is there. Exit code 77
 # (skipped) only where a CUDA device is asked for and the machine has none at all.
 set -euo pipefail
 device=${DEVICE:-cuda:0}
@@ -11,9 +12,11 @@ if [[ $device == cuda* && ! -e /dev/nvidiactl ]]; then
     echo "not run: this machine has no GPU (no /dev/nvidiactl)"
     exit 77
 fi
-gemcut=$(realpath "$1") model=$(realpath "$2") text=()
+gemcut=$(realpath "$1") model=$(realpath "$2") text=() other=
 [ $# -gt 2 ] && text=(--text "$(realpath "$3")")
+[ -z "${OTHER:-}" ] || other=$(realpath "$OTHER")
 cd "$(dirname "$0")/../.."
+[ -n "$other" ] || [ ! -e data/model/gemma4-tiny/config.json ] || other=$PWD/data/model/gemma4-tiny
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
 . tests/check.sh
@@ -143,12 +146,13 @@ kl() { # kl CUT: of its text, on the device
 }
 
 # Other roundings of the activations lead to other codes: what must agree with the CPU's cut is how good it is.
-gptq() { # gptq [OPTION…]: on the CPU once, on the device three times
+gptq() { # gptq [OPTION…]: on the CPU once, on the device three times; tuning: options that RTN does not know
     local rtn cpu got
     rm -rf "$tmp"/gptq-*
     set -- "${text_of_cut[@]}" "$@"
-    "$gemcut" quantize "$model" "$tmp/gptq-cpu" -q --device cpu "$@" || return 1
     "$gemcut" quantize "$model" "$tmp/gptq-rtn" -q --device "$device" --method rtn "$@" || return 1
+    set -- "${tuning[@]}" "$@"
+    "$gemcut" quantize "$model" "$tmp/gptq-cpu" -q --device cpu "$@" || return 1
     "$gemcut" quantize "$model" "$tmp/gptq-1" -q --device "$device" "$@" || return 1
     "$gemcut" quantize "$model" "$tmp/gptq-2" -q --device "$device" "$@" || return 1
     "$gemcut" quantize "$model" "$tmp/gptq-3" -q --device "$device" --threads 1 "$@" || return 1
@@ -164,9 +168,16 @@ print(f"KL {got:.4f}, of the CPU {cpu:.4f}, at most 15 % apart; of RTN {rtn:.4f}
 sys.exit(not (abs(got - cpu) <= 0.15 * cpu and got < rtn))' "$got" "$cpu" "$rtn"
 }
 
+autoround() { # autoround [OPTION…]: a few iterations
+    local tuning=(--quality better --iters 5)
+    gptq "$@"
+}
+
+tuning=()
 check "gptq" gptq
 check "gptq: w4a16-asym, group 64" gptq --scheme w4a16-asym --group-size 64
 check "gptq: positive, group 32, natural order" gptq --scale-sign positive --group-size 32 --order-columns natural
+check "autoround" autoround
 
 in_little_memory() { # with the least that it says it needs, the tokens' states lie elsewhere and nothing is computed otherwise
     local limit=4194304 i
@@ -216,6 +227,24 @@ resumed() { # resumed SIGNAL LINES: stopped when the journal has so many, then r
 check "gptq in little memory" in_little_memory
 check "gptq: SIGKILL, resumed" resumed KILL 12
 check "gptq: SIGINT, resumed" resumed INT 25
+
+# --- another family ---------------------------------------------------------------------------------------------------
+
+another_family() {
+    local model=$other name
+    check "other: cut" cut other
+    check "other: cut, w4a16-asym, group 64" cut other-asym --scheme w4a16-asym --group-size 64
+    "$gemcut" quantize "$model" "$tmp/other" -q --device "$device" --method rtn
+    check "other: verify" verify "$tmp/other"
+    for name in "$model" "$tmp/other"; do
+        check "other: eval: ${name##*/}" eval_model "$name"
+        check "other: generate: ${name##*/}, greedy" generate "$name" --temperature 0 --ignore-eos
+    done
+    check "other: gptq" gptq
+    check "other: autoround" autoround
+}
+
+[ -z "$other" ] || another_family
 
 # --- refused ----------------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 /* A whole forward pass on a device against the CPU: hidden states, logits and the distributions of the next token, of
- * a BF16 model and of its cut to 4 bits, fed in one piece, in several, and token by token.
- *   test_cuda_forward [DEVICE [MODEL]]      default: cuda:0, a made-up model; MODEL: that one and its cut as well */
+ * a BF16 model of every family and of its cut to 4 bits, fed in one piece, in several, and token by token; and whether a
+ * device can calibrate and tune every family.
+ *   test_cuda_forward [DEVICE [MODEL]]      default: cuda:0, made-up models; MODEL: that one and its cut as well */
 #include "base/file.h"
 #include "calib/builtin.h"
 #include "calib/windows.h"
@@ -12,7 +13,7 @@
 
 enum { SEQUENCES = 2, LENGTH = 300, POSITIONS = 310, ROWS = 256, LOGIT_ROWS = 16 };
 
-static const char *model_folder; /* the second argument */
+static const char *device, *model_folder; /* the arguments */
 
 static const double l2_bound = 3e-2, kl_bound = 2e-3;
 
@@ -212,28 +213,26 @@ static void test_made_up_model(void **state)
 
 /* Every other family with heads as wide as its models have: Gemma 1; 2 with soft caps that bite; 4 with inputs of the
  * layers' own and shared keys and values; 4 with values that are the keys. */
-static void test_families(void **state)
-{
-    (void)state;
 #define TYPES                                                                                                \
     "\"layer_types\": [\"sliding_attention\", \"full_attention\", \"sliding_attention\", \"full_attention\"], "
 #define WIDE                                                                                                 \
     .hidden = 256, .ffn = 384, .vocab = 1100, .heads = 4, .head_dim = 256, .window = 100, .dtype = DTYPE_BF16
-    static const struct tiny_gemma models[] = {
-        {.model_type = "gemma", .layers = 3, .kv_heads = 1, WIDE},
-        {.model_type = "gemma2",
-         .more = "\"query_pre_attn_scalar\": 24, \"attn_logit_softcapping\": 1.0, "
-                 "\"final_logit_softcapping\": 2.0,",
-         .layers = 4,
-         .kv_heads = 2,
-         WIDE},
-        {.model_type = "gemma4_text",
-         .more = TYPES "\"num_kv_shared_layers\": 2, \"use_double_wide_mlp\": true, "
-                       "\"hidden_size_per_layer_input\": 128, \"global_head_dim\": 512, "
-                       "\"final_logit_softcapping\": 2.0,",
-         .layers = 4,
-         .kv_heads = 1,
-         WIDE},
+static const struct tiny_gemma families[] = {
+    [TINY_GEMMA1] = {.model_type = "gemma", .layers = 3, .kv_heads = 1, WIDE},
+    [TINY_GEMMA2] = {.model_type = "gemma2",
+                     .more = "\"query_pre_attn_scalar\": 24, \"attn_logit_softcapping\": 1.0, "
+                             "\"final_logit_softcapping\": 2.0,",
+                     .layers = 4,
+                     .kv_heads = 2,
+                     WIDE},
+    [TINY_GEMMA4_SHARING] = {.model_type = "gemma4_text",
+                             .more = TYPES "\"num_kv_shared_layers\": 2, \"use_double_wide_mlp\": true, "
+                                           "\"hidden_size_per_layer_input\": 128, \"global_head_dim\": 512, "
+                                           "\"final_logit_softcapping\": 2.0,",
+                             .layers = 4,
+                             .kv_heads = 1,
+                             WIDE},
+    [TINY_GEMMA4_K_IS_V] =
         {.model_type = "gemma4_text",
          .more =
              TYPES "\"attention_k_eq_v\": true, \"hidden_size_per_layer_input\": 0, \"per_layer_config\": "
@@ -242,11 +241,47 @@ static void test_families(void **state)
          .layers = 4,
          .kv_heads = 2,
          WIDE},
-    };
-    for (size_t i = 0; i < N_OF(models); i++) {
-        const char *folder = cutting_model(tiny_family_names[i], &models[i]);
+};
+
+static void test_families(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < N_OF(families); i++) {
+        const char *folder = cutting_model(tiny_family_names[i], &families[i]);
         check_model(tiny_family_names[i], folder);
         check_cuts(tiny_family_names[i], folder, 1);
+    }
+}
+
+/* GPTQ and a few iterations of AutoRound on the device: it has every operation that a family's blocks need, forward and
+ * back, and two runs give the same bytes. */
+static void test_calibrated(void **state)
+{
+    (void)state;
+    enum { SAMPLES = 4, TOKENS = 150 };
+    static int32_t ids[SAMPLES * TOKENS];
+    for (int i = 0; i < SAMPLES * TOKENS; i++)
+        ids[i] = i % TOKENS ? (i * 7919 + 13) % 1100 : 2;
+    const struct dataset data = {.samples = SAMPLES, .length = TOKENS, .ids = ids};
+    for (size_t i = 0; i < N_OF(families); i++) {
+        const char *outs[2];
+        for (int k = 0; k < 2; k++) {
+            struct cut_options o = cutting_options(cutting_model(tiny_family_names[i], &families[i]),
+                                                   support_path("calibrated-%zu-%d", i, k));
+            o.device = device;
+            o.recipe.method = "autoround";
+            o.recipe.sweep = o.recipe.calibrated = true;
+            o.recipe.scales.rule = SCALE_BLOCK;
+            o.recipe.damping = 0.01;
+            o.recipe.passes = 1;
+            o.recipe.calib.text = "made up";
+            o.recipe.tune = (struct tune_options){
+                .iterations = 3, .batch = 2, .lr = 0.1, .range_lr = 0.02, .init = TUNE_FROM_CODES};
+            o.data = &data;
+            outs[k] = o.out;
+            assert_ok(cutting_run(&o, &cutting_silent));
+        }
+        cutting_check_same(outs[0], outs[1]);
     }
 }
 
@@ -264,8 +299,10 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_teardown(test_made_up_model, parity_clean_up),
         cmocka_unit_test_teardown(test_families, parity_clean_up),
+        cmocka_unit_test_teardown(test_calibrated, parity_clean_up),
         cmocka_unit_test_teardown(test_model, parity_clean_up),
     };
+    device = argc > 1 ? argv[1] : "cuda:0";
     model_folder = argc > 2 ? argv[2] : NULL;
     return parity_run(argc, argv, tests, N_OF(tests), support_make_folder, support_remove_folder);
 }

@@ -68,6 +68,9 @@ static const struct {
     {"k_is_v", "gemma4_text",
      TYPES4 "\"attention_k_eq_v\": true, \"num_global_key_value_heads\": 1, "
             "\"hidden_size_per_layer_input\": 0, "},
+    {"experts", "gemma4_text",
+     TYPES4 "\"enable_moe_block\": true, \"num_experts\": 8, \"top_k_experts\": 2, "
+            "\"moe_intermediate_size\": 128, \"hidden_size_per_layer_input\": 0, "},
 };
 
 enum { TOKENS = 24, HIDDEN = 256, VOCAB = 512 };
@@ -83,7 +86,7 @@ static void write_config(struct text *t, size_t kind)
     assert_ok(text_finish(t));
 }
 
-/* A line for each tensor that the runtime wants. */
+/* A line for each tensor that the runtime wants; experts' together, as releases hold them. */
 static void write_lines(struct text *t, const struct text *config, const char *name)
 {
     struct hf_config c;
@@ -92,7 +95,14 @@ static void write_lines(struct text *t, const struct text *config, const char *n
     assert_ok(hf_config_parse(&c, config->data, config->len, name));
     assert_ok(gemma_config_read(&g, &c));
     assert_ok(gemma_tensors(&tensors, &g, "model."));
+    if (g.n_experts) {
+        const int n = (int)g.n_experts, inner = (int)g.expert_size;
+        text_printf(t, "model.layers.{0..5}.experts.gate_up_proj BF16 %dx%dx%d\n", n, 2 * inner, HIDDEN);
+        text_printf(t, "model.layers.{0..5}.experts.down_proj BF16 %dx%dx%d\n", n, HIDDEN, inner);
+    }
     for (size_t i = 0; i < tensors.n; i++) {
+        if (tensors.list[i].expert >= 0)
+            continue;
         text_printf(t, "%s BF16", tensors.list[i].name);
         for (int d = 0; d < tensors.list[i].n_dims; d++)
             text_printf(t, "%c%d", d ? 'x' : ' ', (int)tensors.list[i].shape[d]);
