@@ -110,6 +110,40 @@ static void test_damaged(void **state)
     cutting_check_absent(support_path("never"));
 }
 
+/* A byte of a tensor that holds all experts of a layer: it is named as it is stored, and as what is computed with. */
+static void test_damaged_whole(void **state)
+{
+    (void)state;
+    struct cut_options o = mixture_rtn(support_path("spoiled"));
+    struct checkpoint ck;
+    char some[64];
+    size_t n, at = 0;
+    o.recipe.ignore = mixture_middle_layer;
+    o.recipe.n_ignore = 1;
+    mixture_check_good(mixture_made(&o));
+    assert_ok(checkpoint_open(&ck, o.out));
+    const struct tensor *t = mixture_stored(&ck, 1, "gate_up_proj");
+    const uint64_t expert = t->bytes / N_EXPERTS;
+    assert_ok(checkpoint_read(&ck, t, 5 * expert, sizeof some, some));
+    checkpoint_close(&ck);
+    char *path = file_join(o.out, "model.safetensors"), *bytes = support_read(path, &n);
+    while (at + sizeof some <= n && memcmp(bytes + at, some, sizeof some))
+        at++;
+    assert_true(at + sizeof some <= n);
+    bytes[at] ^= 1;
+    support_write(path, bytes, n);
+    free(bytes);
+    free(path);
+    mixture_check_verified(o.out, NULL, "model.layers.1.experts.gate_up_proj",
+                           "differs from what was written");
+    char *record = file_join(o.out, "gemcut.json");
+    assert_int_equal(remove(record), 0);
+    free(record);
+    mixture_check_verified(o.out, NULL, NULL, NULL);
+    mixture_check_verified(o.out, mixture_whole(), "model.layers.1.experts.5.gate_proj.weight",
+                           "is not quantized, yet differs from the source");
+}
+
 /* Some tensors of one cut's file, the others of another's, announced or put. */
 static void take_tensors(struct writer *w, const struct checkpoint *ck, const char *name, bool named,
                          bool put, size_t *ids)
@@ -227,9 +261,8 @@ static void test_other_source(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_converted),
-        cmocka_unit_test(test_damaged),
-        cmocka_unit_test(test_one_other),
+        cmocka_unit_test(test_converted),     cmocka_unit_test(test_damaged),
+        cmocka_unit_test(test_damaged_whole), cmocka_unit_test(test_one_other),
         cmocka_unit_test(test_other_source),
     };
     return cmocka_run_group_tests(tests, mixture_make, support_remove_folder);
