@@ -139,7 +139,7 @@ int calibrate_send(struct run *r, const struct solver *v, const struct result *r
     if (rc < 0)
         return rc;
     outbox_put(r->outbox, slot, result);
-    return work_spent(&r->clock, r->b, WORK_DELIVER);
+    return 0;
 }
 
 /* --- one set ---------------------------------------------------------------------------------------------------- */
@@ -284,7 +284,9 @@ static int run_set(struct run *r, int layer, enum gemma_fused kind)
     int rc = calibrate_check_finite(r, &r->solver, &result.set, l, result.n_nonfinite);
     if (!rc)
         rc = solve_set(r, layer, kind, &result);
-    return rc ? rc : calibrate_send(r, &r->solver, &result);
+    if (!rc)
+        rc = calibrate_send(r, &r->solver, &result);
+    return rc ? rc : work_spent(&r->clock, r->b, WORK_DELIVER);
 }
 
 /* --- a block under tuning --------------------------------------------------------------------------------------- */
@@ -313,7 +315,9 @@ static int finish_set(struct run *r, int layer, enum gemma_fused kind, struct re
         if (!rc)
             rc = replace_weight(r->b, p->linear, &q);
     }
-    return rc ? rc : calibrate_send(r, &r->solver, result);
+    if (!rc)
+        rc = calibrate_send(r, &r->solver, result);
+    return rc ? rc : work_spent(&r->clock, r->b, WORK_DELIVER);
 }
 
 /* 1: every set of the block was known and has taken its place; otherwise the weights are what they were. */
