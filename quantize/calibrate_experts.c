@@ -6,18 +6,26 @@
 #include "base/mem.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 enum { DEVICE_WORKERS = 8 }; /* solvers that a device which is not the host is shared by */
 
-size_t calibrate_expert_sizes(const struct recipe_plan *plan, struct gptq_size out[2])
+size_t calibrate_expert_sizes(const struct recipe_plan *plan, struct gptq_size out[EXPERT_SIZES])
 {
-    static const enum gemma_fused kinds[2] = {FUSED_GATE_UP, FUSED_DOWN};
     size_t n = 0;
-    for (size_t i = 0; !n && i < plan->n; i++) /* those of the first layer that has some: all are alike */
-        for (int k = 0; k < 2 && plan->linears[i].quantized && plan->linears[i].tensor->expert >= 0; k++) {
-            const struct set s = set_find(plan, plan->linears[i].tensor->layer, kinds[k], 0);
-            out[n++] = (struct gptq_size){s.rows, s.cols, set_group(&s)};
-        }
+    for (size_t i = 0; i < plan->n; i++) { /* the experts of a layer are all alike */
+        const struct gemma_tensor *t = plan->linears[i].tensor;
+        if (!plan->linears[i].quantized || t->expert != 0 || t->role == GEMMA_UP)
+            continue;
+        const struct set s = set_find(plan, t->layer, gemma_fused_set(t->role), 0);
+        const struct gptq_size size = {s.rows, s.cols, set_group(&s)};
+        bool known = false;
+        for (size_t k = 0; k < n; k++)
+            known = known || !memcmp(&out[k], &size, sizeof size);
+        CHECK(known || n < EXPERT_SIZES);
+        if (!known)
+            out[n++] = size;
+    }
     return n;
 }
 
@@ -35,7 +43,7 @@ int calibrate_open_experts(struct run *r, const struct calibrate_plan *plan)
 {
     struct expert_solvers *x = &r->experts;
     static struct work_clock uncounted; /* by themselves */
-    struct gptq_size sizes[2];
+    struct gptq_size sizes[EXPERT_SIZES];
     const size_t n = calibrate_expert_sizes(r->plan, sizes);
     int64_t cols = 0;
     for (size_t i = 0; i < n; i++)
@@ -162,6 +170,7 @@ static void note_starved(struct run *r, int layer)
     const int64_t floor = capture_expert_floor(&r->m->gemma, r->data);
     for (int e = 0; e < (int)r->m->gemma.n_experts; e++) {
         const int64_t n = capture_expert_tokens(r->capture, e);
+        x->n_seen++;
         x->n_starved += n < floor;
         if (n >= x->fewest)
             continue;
@@ -169,12 +178,16 @@ static void note_starved(struct run *r, int layer)
         x->fewest_layer = layer;
         x->fewest_expert = e;
     }
-    if (layer + 1 == (int)r->m->gemma.n_layers && x->n_starved)
+}
+
+static void warn_of_starved(const struct run *r)
+{
+    const struct expert_solvers *x = &r->experts;
+    if (x->n_starved)
         log_warn("the text sent fewer than %lld tokens to %lld of %lld experts (fewest: %lld, layer %d, expert %d); they "
                  "got others up to that; more samples would help",
-                 (long long)floor, (long long)x->n_starved,
-                 (long long)(r->m->gemma.n_layers * r->m->gemma.n_experts), (long long)x->fewest,
-                 x->fewest_layer, x->fewest_expert);
+                 (long long)capture_expert_floor(&r->m->gemma, r->data), (long long)x->n_starved,
+                 (long long)x->n_seen, (long long)x->fewest, x->fewest_layer, x->fewest_expert);
 }
 
 int calibrate_run_experts(struct run *r, int layer)
@@ -190,6 +203,8 @@ int calibrate_run_experts(struct run *r, int layer)
     }
     if (!rc && set_quantized(&some))
         note_starved(r, layer);
+    if (!rc && layer + 1 == (int)r->m->gemma.n_layers)
+        warn_of_starved(r);
     free(known);
     return rc;
 }

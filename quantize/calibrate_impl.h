@@ -34,7 +34,8 @@ struct expert_solvers {
     struct buf hessian; /* of `at_once` experts */
     int at_once;
     pthread_mutex_t lock; /* of the outbox, and of the following */
-    int64_t n_starved;    /* experts of all layers that had fewer tokens than the floor */
+    int64_t n_seen;       /* experts of all layers that are quantized, … */
+    int64_t n_starved;    /* … and those of them that had fewer tokens than the floor */
     int64_t fewest;       /* of any, … */
     int fewest_layer, fewest_expert;
 };
@@ -72,8 +73,9 @@ int calibrate_send(struct run *r, const struct solver *v, const struct result *r
 /* 1: the whole set's result was known and has taken its place. */
 int calibrate_take_known(struct run *r, const struct set *s, struct linear_set *l);
 
-/* The sizes of the sets of an expert; returns their number, 0 … 2. */
-size_t calibrate_expert_sizes(const struct recipe_plan *plan, struct gptq_size out[2]);
+/* The different sizes of experts' sets, which layers may have in groups of their own; returns their number. */
+enum { EXPERT_SIZES = 10 }; /* two widths, five sizes of groups */
+size_t calibrate_expert_sizes(const struct recipe_plan *plan, struct gptq_size out[EXPERT_SIZES]);
 int calibrate_expert_workers(const struct backend *b);
 int calibrate_open_experts(struct run *r, const struct calibrate_plan *plan);
 void calibrate_close_experts(struct run *r);

@@ -43,7 +43,7 @@ static uint64_t solver_bytes(const struct gptq_size *sizes, size_t n, const stru
 /* Of what quantizes experts: Hessians of as many, and the solvers. */
 static uint64_t experts_bytes(const struct recipe_plan *plan, const struct backend *b, int at_once)
 {
-    struct gptq_size sizes[2];
+    struct gptq_size sizes[EXPERT_SIZES];
     const size_t n = calibrate_expert_sizes(plan, sizes);
     const struct result_bytes result = sets_largest_result(plan);
     int64_t cols = 0;
@@ -187,15 +187,16 @@ static double tuning_work(const struct tune_options *tune, const struct dataset 
 static double experts_work(const struct model *m, const struct recipe_plan *plan, double tokens, int passes)
 {
     const struct gemma_config *c = &m->gemma;
-    struct gptq_size sizes[2];
-    const size_t n = calibrate_expert_sizes(plan, sizes);
+    static const enum gemma_fused kinds[2] = {FUSED_GATE_UP, FUSED_DOWN};
     double work = 0;
-    for (size_t i = 0; i < n; i++) {
-        const double rows = (double)sizes[i].rows, cols = (double)sizes[i].cols;
-        work += (2 * rows * cols + cols * cols) * tokens * (double)c->top_k / (double)c->n_experts +
-                cols * cols * cols + 6 * (4 + passes) * rows * cols * cols;
+    for (int i = 0; c->n_experts && i < 2 * (int)c->n_layers; i++) {
+        const struct set s = set_find(plan, i / 2, kinds[i % 2], 0);
+        const double rows = (double)s.rows, cols = (double)s.cols;
+        if (set_quantized(&s))
+            work += (2 * rows * cols + cols * cols) * tokens * (double)c->top_k / (double)c->n_experts +
+                    cols * cols * cols + 6 * (4 + passes) * rows * cols * cols;
     }
-    return work * (double)(c->n_layers * c->n_experts);
+    return work * (double)c->n_experts;
 }
 
 int calibrate_estimate(const struct model *m, const struct recipe_plan *plan, const struct backend *b,

@@ -462,13 +462,20 @@ static int name_block(struct quant_config *q, const struct recipe_plan *plan, co
     return q->block ? 0 : ERR_MEMORY;
 }
 
-/* Linears inside the blocks that are never quantized: those of the layers' own inputs. */
-static int name_per_layer(struct quant_config *q, const struct gemma_config *cfg)
+/* Linears inside the blocks that are never quantized: those of the layers' own inputs, and routers. */
+static int name_kept(struct quant_config *q, const struct gemma_config *cfg)
 {
-    static const char *const linears[] = {"per_layer_input_gate", "per_layer_projection"};
+    const struct {
+        const char *name;
+        bool is_there;
+    } linears[] = {{"per_layer_input_gate", cfg->ple_size > 0},
+                   {"per_layer_projection", cfg->ple_size > 0},
+                   {"router.proj", cfg->n_experts > 0}};
     int rc = 0;
-    for (size_t i = 0; !rc && cfg->ple_size && i < 2 * (size_t)cfg->n_layers; i++) {
-        char *name = mem_printf("%s.%zu.%s", q->block, i / 2, linears[i % 2]);
+    for (size_t i = 0; !rc && i < N_OF(linears) * (size_t)cfg->n_layers; i++) {
+        if (!linears[i % N_OF(linears)].is_there)
+            continue;
+        char *name = mem_printf("%s.%zu.%s", q->block, i / N_OF(linears), linears[i % N_OF(linears)].name);
         rc = name ? quant_config_add(&q->ignore, &q->n_ignore, name) : ERR_MEMORY;
         free(name);
     }
@@ -508,9 +515,11 @@ int recipe_quant_config(struct quant_config *out, const struct recipe_plan *plan
     if (!rc && format == QUANT_AUTO_ROUND)
         rc = name_block(out, plan, cfg);
     if (!rc && format == QUANT_AUTO_ROUND)
-        rc = name_per_layer(out, cfg);
+        rc = name_kept(out, cfg);
     for (int i = 0; !rc && !out->block && i < GEMMA_MAX_IGNORES && cfg->family->ignores[i]; i++)
         rc = quant_config_add(&out->ignore, &out->n_ignore, cfg->family->ignores[i]);
+    if (!rc && !out->block && cfg->n_experts) /* a Linear to readers, like those of the blocks */
+        rc = quant_config_add(&out->ignore, &out->n_ignore, "re:.*router.*");
     for (size_t i = 0; !rc && i < plan->n; i++)
         if (!plan->linears[i].quantized) {
             rc = add_alike(out, &out->ignore, &out->n_ignore, plan, &plan->linears[i], cfg);

@@ -2,6 +2,7 @@
 import copy
 import json
 import pathlib
+import re
 
 import torch
 from safetensors import safe_open
@@ -92,9 +93,22 @@ def weights(folder):
     return given | {canonical(m + ".weight"): weight(p, bits_of(p)) for m, p in modules.items()}, len(modules)
 
 
+def with_whole_experts(given):
+    """Experts' linears, of which a cut holds each by itself, as transformers' two parameters of a layer: gate above up."""
+    found = {n: re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", n) for n in given}
+    parts = {(m[1], int(m[2]), m[3]): given[n] for n, m in found.items() if m}
+    out = {n: given[n] for n, m in found.items() if not m}
+    for layer in {place[0] for place in parts}:
+        n = 1 + max(i for where, i, _ in parts if where == layer)
+        out[layer + ".gate_up_proj"] = torch.stack([torch.cat([parts[layer, i, "gate"], parts[layer, i, "up"]]) for i in range(n)])
+        out[layer + ".down_proj"] = torch.stack([parts[layer, i, "down"] for i in range(n)])
+    return out
+
+
 def into(base, folder):
     """-> (a copy of the base model with the cut's weights, number of quantized modules); every parameter must be given."""
     given, n_modules = weights(folder)
+    given = with_whole_experts(given)
     model = copy.deepcopy(base)
     with torch.no_grad():
         for name, p in model.named_parameters():          # tied weights come once

@@ -12,7 +12,7 @@ Families:
                    width in the sharing layers, and with the dead projections and norms there that releases hold
   gemma4-31b       multimodal, no v_proj in global layers, which have fewer key/value heads, no inputs of their own
   gemma4-unified   the same without towers
-  gemma4-moe       a mixture of experts, which gemcut refuses
+  gemma4-moe       multimodal, with a mixture of experts beside the MLPs, as 26B-A4B
 
 Widths are multiples of 128, but for vision and audio, so that nobody can quantize those unnoticed.
 Run it with the python of tools/interop-env.

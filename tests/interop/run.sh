@@ -20,14 +20,17 @@ tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
 . tests/check.sh
 dropped=() # of what a cut leaves out on purpose
-cut_and_load() { # cut_and_load NAME MODEL [OPTION…]
+make_cut() { # make_cut NAME MODEL [OPTION…]
     local name=$1 model=$2
     shift 2
     check "$name: cut" "$gemcut" quantize "$model" "$tmp/$name" -q "$@"
     local run=(--windows 2 --length 64)
     [ -e "$model/tokenizer.json" ] || run=(--no-run)
     check "$name: verify" "$gemcut" verify "$tmp/$name" --against "$model" "${run[@]}"
-    check "$name: transformers + compressed-tensors" "$python" tests/interop/test_compressed_tensors.py "$model" "$tmp/$name" "${dropped[@]}"
+}
+cut_and_load() { # cut_and_load NAME MODEL [OPTION…]
+    make_cut "$@"
+    check "$1: transformers + compressed-tensors" "$python" tests/interop/test_compressed_tensors.py "$2" "$tmp/$1" "${dropped[@]}"
 }
 logits() { # logits NAME MODEL [OPTION…]: our forward pass against transformers'
     local name=$1 model=$2
@@ -53,10 +56,16 @@ for dialect in hub model; do
     check "multimodal, $dialect names: make" "$python" tests/interop/make_tiny_gemma3_mm.py "$tmp/mm-$dialect" --dialect "$dialect"
     cut_and_load "mm-$dialect-cut" "$tmp/mm-$dialect" $rtn
 done
-for family in gemma gemma2 gemma3 gemma4-text gemma4-e2b gemma4-31b gemma4-unified; do
+for family in gemma gemma2 gemma3 gemma4-text gemma4-e2b gemma4-31b gemma4-unified gemma4-moe; do
     check "$family: make" "$python" tests/interop/make_tiny.py "$tmp/$family" --family "$family"
     [ $family = gemma4-e2b ] && dropped=(--allow-dropped '\.[3-5]\.self_attn\.[kv]_proj\.')
-    cut_and_load "$family-cut" "$tmp/$family" $rtn
+    if [ $family = gemma4-moe ]; then # transformers has no place for experts that are quantized one by one
+        make_cut "$family-cut" "$tmp/$family" $rtn
+        cut_and_load "$family-dense" "$tmp/$family" $rtn --ignore '*experts*'
+        logits "$family-dense" "$tmp/$family"
+    else
+        cut_and_load "$family-cut" "$tmp/$family" $rtn
+    fi
     dropped=()
     logits "$family-cut" "$tmp/$family" --ids 700
     for format in auto-round gptq; do
@@ -91,11 +100,22 @@ else
         --windows 8 --len 512 --min-kl 0.068 --max-kl 0.081
     check "KL, tiny, gptq" "$python" tests/interop/check_kl.py $tiny "$tmp/gptq" --text "$tmp/heldout.txt" \
         --windows 8 --len 512 --min-kl 0.035 --max-kl 0.065
-    mkdir "$tmp/gemma4-tiny"
-    cp "$data/tiny/gemma4-tiny/"*.json "$data/tiny/tokenizer.json" "$tmp/gemma4-tiny"
-    zstd -dqf "$data/tiny/gemma4-tiny/model.safetensors.zst" -o "$tmp/gemma4-tiny/model.safetensors"
+    for name in gemma4-tiny gemma4-moe-tiny; do
+        mkdir "$tmp/$name"
+        cp "$data/tiny/$name/"*.json "$data/tiny/tokenizer.json" "$tmp/$name"
+        zstd -dqf "$data/tiny/$name/model.safetensors.zst" -o "$tmp/$name/model.safetensors"
+    done
     cut_and_load gemma4-tiny-cut "$tmp/gemma4-tiny" $rtn
     logits gemma4-tiny-cut "$tmp/gemma4-tiny"
+    make_cut moe-tiny-rtn "$tmp/gemma4-moe-tiny" $rtn --group-size 64
+    make_cut moe-tiny-gptq "$tmp/gemma4-moe-tiny" --group-size 64 --samples 64 --length 512
+    logits moe-tiny-gptq "$tmp/gemma4-moe-tiny"
+    cut_and_load moe-tiny-dense "$tmp/gemma4-moe-tiny" --group-size 64 --samples 4 --length 128 --ignore '*experts*'
+    # like those above, bounds against an accident
+    check "KL, mixture, range" "$python" tests/interop/check_kl.py "$tmp/gemma4-moe-tiny" "$tmp/moe-tiny-rtn" \
+        --text "$tmp/heldout.txt" --windows 8 --len 512 --min-kl 0.055 --max-kl 0.08
+    check "KL, mixture, gptq" "$python" tests/interop/check_kl.py "$tmp/gemma4-moe-tiny" "$tmp/moe-tiny-gptq" \
+        --text "$tmp/heldout.txt" --windows 8 --len 512 --min-kl 0.035 --max-kl 0.06
     big=${GEMCUT_270M:-models/gemma-3-270m}
     check "Gemma 3 270M: make" tools/get-gemma3-270m "$big"
     check "Gemma 3 270M: tokenizer" "$python" tests/interop/test_270m_tokenizer.py --data "$data/data" --model "$big"

@@ -3,12 +3,12 @@
 
     test_logits.py MODEL [CUT] --dump PROGRAM [--ids 300] [--tokens 64]
 
-MODEL is the BF16 source, CUT what gemcut made of it (left out: the source alone), PROGRAM logits_dump. The reference is transformers with eager
-attention in float32, on weights that it loads itself: the BF16 source's, and the cut's as compressed-tensors
-decompresses them. Logits of English prose are compared (of random ids where a model has no tokenizer), then both
-continue it greedily: to the same ids, or to the first near-tie of the two best. One line per check and a closing
-count; exit 1 when a check failed.
-Run it with the python of tools/interop-env.
+MODEL is the BF16 source, CUT what gemcut made of it (left out: the source alone), PROGRAM logits_dump. The reference is
+transformers with eager attention in float32, on weights that it loads itself: the BF16 source's, and the cut's as
+compressed-tensors decompresses them, or where experts are quantized, which transformers does not load, as they are unpacked
+here. Logits of English prose are compared (of random ids where a model has no tokenizer), then both continue it greedily:
+to the same ids, or to the first near-tie of the two best. One line per check and a closing count; exit 1 when a check
+failed. Run it with the python of tools/interop-env.
 """
 import argparse
 import os
@@ -25,7 +25,7 @@ import transformers
 from tokenizers import Tokenizer
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
-from cut import canonical, config as read_config, read, split
+from cut import canonical, config as read_config, into, read, split
 
 PROSE = pathlib.Path(__file__).resolve().parents[2] / "data/eval/prose.txt"
 BF16_LIMIT, CUT_LIMIT = 1e-4, 1e-3      # of ||ours - theirs|| / ||theirs||; rounding in float32 leaves about 1e-6
@@ -83,10 +83,13 @@ def load_cut(folder, config):
 @torch.no_grad()
 def reference(source, folder, config):
     """The model as transformers loads it, in float32. A cut's weights go into the source's skeleton, because what else
-    is cast with them (the embedding's factor, the rotary frequencies) would stay rounded to BF16."""
+    is cast with them (the embedding's factor, the rotary frequencies) would stay rounded to BF16. Quantized experts, which
+    transformers does not load, are unpacked here."""
     model = load(source, config, torch.float32)
     if folder != source:
         quantized = {canonical(m) for m in split(read(folder))[0]}
+        if any(".experts." in m for m in quantized):
+            return into(model, folder)[0]
         state = load_cut(folder, config).state_dict()       # all of it in BF16, whatever the source was
         model.load_state_dict({k: v.float() for k, v in state.items() if canonical(k.removesuffix(".weight")) in quantized
                                and not k.endswith(CT_REST)}, strict=False)

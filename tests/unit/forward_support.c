@@ -25,7 +25,7 @@ int close_backends(void **state)
 
 /* --- matrices --------------------------------------------------------------------------------------------------- */
 
-static void *owned[256];
+static void *owned[1024];
 static size_t n_owned;
 
 void *room(size_t n, size_t size)

@@ -49,13 +49,27 @@ static void sizes_of_real_models(void **state)
     }
 }
 
-static bool has_tensor(const struct bench_tensors *t, const struct gemma_tensor *expected)
+static bool has_dims(const struct bench_tensors *t, const char *name, int n_dims, const int64_t *dims)
 {
     for (size_t i = 0; i < t->n; i++)
-        if (!strcmp(t->list[i].name, expected->name))
-            return t->list[i].n_dims == expected->n_dims && t->list[i].dims[0] == expected->shape[0] &&
-                   (expected->n_dims == 1 || t->list[i].dims[1] == expected->shape[1]);
+        if (!strcmp(t->list[i].name, name))
+            return t->list[i].n_dims == n_dims &&
+                   !memcmp(t->list[i].dims, dims, (size_t)n_dims * sizeof *dims);
     return false;
+}
+
+/* Releases hold a linear of all experts in one tensor, gate above up. */
+static bool has_expert(const struct bench_tensors *t, const struct gemma_tensor *expected, int64_t n_experts)
+{
+    const bool down = expected->role == GEMMA_DOWN;
+    const int64_t dims[3] = {n_experts, down ? expected->shape[0] : 2 * expected->shape[0],
+                             expected->shape[1]};
+    const char *experts = strstr(expected->name, ".experts.");
+    char name[160];
+    assert_non_null(experts);
+    snprintf(name, sizeof name, "%.*s.experts.%s", (int)(experts - expected->name), expected->name,
+             down ? "down_proj" : "gate_up_proj");
+    return has_dims(t, name, 3, dims);
 }
 
 /* config.json and tensors must speak of the same model, as far as its family is known to the runtime. */
@@ -81,7 +95,9 @@ static void configs_describe_the_tensors(void **state)
         assert_ok(gemma_tensors(&expected, &gemma, gemma.family->prefixes[0]));
         assert_ok(bench_shape_expand(s, &t));
         for (size_t k = 0; k < expected.n; k++)
-            if (!has_tensor(&t, &expected.list[k]))
+            if (expected.list[k].expert >= 0
+                    ? !has_expert(&t, &expected.list[k], gemma.n_experts)
+                    : !has_dims(&t, expected.list[k].name, expected.list[k].n_dims, expected.list[k].shape))
                 fail_msg("%s: %s is missing or of another shape", s->name, expected.list[k].name);
         bench_tensors_free(&t);
         gemma_tensors_free(&expected);

@@ -21,6 +21,8 @@ const struct tiny_gemma tiny_gemma_plain = {.hidden = 256,
 #define TYPES                                                                                                \
     "\"layer_types\": [" TYPE("sliding") TYPE("sliding") TYPE("full") TYPE("sliding")                        \
         TYPE("sliding") "\"full_attention\"], "
+#define EXPERTS                                                                                              \
+    "\"enable_moe_block\": true, \"num_experts\": 8, \"top_k_experts\": 2, \"moe_intermediate_size\": 96, "
 #define SMALL                                                                                                \
     .hidden = 64, .ffn = 96, .vocab = 128, .heads = 4, .kv_heads = 2, .head_dim = 32, .window = 5,           \
     .dtype = DTYPE_BF16
@@ -44,8 +46,16 @@ const struct tiny_gemma tiny_families[TINY_FAMILIES] = {
                    "\"05\": {\"head_dim\": 64, \"num_key_value_heads\": 1}},",
      .layers = 6,
      SMALL},
+    {.model_type = "gemma4_text",
+     .more = "\"layer_types\": [" TYPE("sliding") TYPE(
+         "sliding") "\"full_attention\"], " EXPERTS
+                    "\"attention_k_eq_v\": true, \"hidden_size_per_layer_input\": 0, \"per_layer_config\": "
+                    "{\"2\": {\"head_dim\": 64, \"num_key_value_heads\": 1}},",
+     .layers = 3,
+     SMALL},
 };
-const char *const tiny_family_names[TINY_FAMILIES] = {"gemma1", "gemma2", "gemma4-sharing", "gemma4-k-is-v"};
+const char *const tiny_family_names[TINY_FAMILIES] = {"gemma1", "gemma2", "gemma4-sharing", "gemma4-k-is-v",
+                                                      "gemma4-experts"};
 
 static const char *const torch_names[] = {
     [DTYPE_BF16] = "bfloat16", [DTYPE_F16] = "float16", [DTYPE_F32] = "float32"};
@@ -69,7 +79,7 @@ static void config_text(const struct tiny_gemma *g, char *out, size_t size)
 
 void tiny_gemma_tensors(const struct tiny_gemma *g, struct gemma_config *cfg, struct gemma_tensors *tensors)
 {
-    char text[1024];
+    char text[2048];
     struct hf_config config;
     config_text(g, text, sizeof text);
     assert_ok(hf_config_parse(&config, text, strlen(text), "config.json"));
@@ -78,15 +88,31 @@ void tiny_gemma_tensors(const struct tiny_gemma *g, struct gemma_config *cfg, st
     hf_config_close(&config);
 }
 
-/* offset: what is added to the values. Where norms multiply by their weights alone, nothing divides the scores: keys that
- * were as long as queries would leave a softmax of nearly one key. */
-static void write_tensor(const struct tiny_gemma *g, const struct writer *w, size_t id,
-                         const struct gemma_tensor *t, float offset, uint64_t *seed)
+/* Where a tensor's bytes go. */
+struct place {
+    size_t id;
+    uint64_t offset;
+};
+
+/* What the values of a tensor lie around, and how large they are. Where norms multiply by their weights alone, nothing divides
+ * the scores: keys that were as long as queries would leave a softmax of nearly one key. A router's logits are divided
+ * by √hidden: small weights would leave it without a preference. */
+static void values_of(const struct gemma_tensor *t, bool plain_norms, float *offset, float *length)
+{
+    const bool factor = t->role == GEMMA_NORM || t->role == GEMMA_SCALAR || t->role == GEMMA_ROUTER_SCALE;
+    *offset = plain_norms && factor ? 1 : 0;
+    *length = t->role == GEMMA_ROUTER ? 40 : 1;
+    if (plain_norms && text_ends_with(t->name, "k_norm.weight"))
+        *length = 2 / sqrtf((float)t->shape[0]);
+}
+
+static void write_tensor(const struct tiny_gemma *g, const struct writer *w, struct place place,
+                         const struct gemma_tensor *t, bool plain_norms, uint64_t *seed)
 {
     const int64_t n = t->shape[0] * (t->n_dims == 2 ? t->shape[1] : 1);
     const size_t size = dtype_bytes(g->dtype);
-    const float length =
-        offset != 0 && text_ends_with(t->name, "k_norm.weight") ? 2 / sqrtf((float)t->shape[0]) : 1;
+    float offset, length;
+    values_of(t, plain_norms, &offset, &length);
     char *data = malloc((size_t)n * size);
     assert_non_null(data);
     for (int64_t i = 0; i < n; i++) {
@@ -98,7 +124,7 @@ static void write_tensor(const struct tiny_gemma *g, const struct writer *w, siz
                                   : naive_bits16(x, g->dtype == DTYPE_F16 ? 5 : 8);
         memcpy(data + (size_t)i * size, g->dtype == DTYPE_F32 ? (const void *)&x : (const void *)&h, size);
     }
-    assert_ok(writer_put(w, id, 0, data, (size_t)n * size));
+    assert_ok(writer_put(w, place.id, place.offset, data, (size_t)n * size));
     free(data);
 }
 
@@ -117,9 +143,53 @@ static void add_dead(struct gemma_tensors *t, const struct gemma_config *c)
             snprintf(name, sizeof name, "model.layers.%d.self_attn.%s.weight", (int)i, parts[k].name);
             t->list[t->n++] = (struct gemma_tensor){.name = strdup(name),
                                                     .role = parts[k].role,
+                                                    .expert = -1,
                                                     .n_dims = parts[k].role == GEMMA_NORM ? 1 : 2,
                                                     .shape = {c->head_dim, c->hidden_size}};
         }
+}
+
+/* Announces a tensor, or with the first of a layer's experts the two that hold them all: *whole, the last ones. */
+static struct place announce(const struct tiny_gemma *g, struct writer *w, const struct gemma_config *c,
+                             const struct gemma_tensor *t, size_t whole[2])
+{
+    const bool down = t->role == GEMMA_DOWN;
+    const int64_t n_parts = down ? 1 : 2, part = t->expert * n_parts + (t->role == GEMMA_UP);
+    struct place p = {0};
+    if (t->expert < 0 || g->apart) {
+        assert_ok(writer_add(w, t->name, t->name, g->dtype, t->n_dims, t->shape, &p.id));
+        return p;
+    }
+    if (t->expert == 0 && t->role != GEMMA_UP) {
+        const int64_t shape[3] = {c->n_experts, n_parts * t->shape[0], t->shape[1]};
+        char name[100];
+        snprintf(name, sizeof name, "model.layers.%d.experts.%s", t->layer,
+                 down ? "down_proj" : "gate_up_proj");
+        assert_ok(writer_add(w, name, name, g->dtype, 3, shape, &whole[down]));
+    }
+    p.id = whole[down];
+    p.offset = (uint64_t)(part * t->shape[0] * t->shape[1]) * dtype_bytes(g->dtype);
+    return p;
+}
+
+static void write_tensors(const struct tiny_gemma *g, const char *folder, const struct gemma_config *c,
+                          const struct gemma_tensors *tensors)
+{
+    struct writer *w;
+    struct place *places = calloc(tensors->n, sizeof *places);
+    size_t whole[2];
+    uint64_t seed = 11;
+    assert_non_null(places);
+    assert_ok(writer_open(&w, folder, g->shard_bytes ? g->shard_bytes : UINT64_MAX));
+    for (size_t i = 0; i < tensors->n; i++)
+        places[i] = announce(g, w, c, &tensors->list[i], whole);
+    assert_ok(writer_begin(w, false));
+    for (size_t i = 0; i < tensors->n; i++)
+        write_tensor(g, w, places[i], &tensors->list[i], c->family->plain_norms, &seed);
+    assert_ok(writer_index(w));
+    assert_ok(writer_finish(w));
+    writer_close(w);
+    free(places);
 }
 
 void tiny_gemma_write(const struct tiny_gemma *g, const char *folder)
@@ -129,28 +199,12 @@ void tiny_gemma_write(const struct tiny_gemma *g, const char *folder)
         "model.bin",      "other.index.json",       ".hidden.json"};
     struct gemma_config cfg;
     struct gemma_tensors tensors;
-    struct writer *w;
-    size_t ids[128];
-    char text[1024];
-    uint64_t seed = 11;
+    char text[2048];
     tiny_gemma_tensors(g, &cfg, &tensors);
     if (g->dead)
         add_dead(&tensors, &cfg);
     assert_ok(file_make_folder(folder));
-    assert_ok(writer_open(&w, folder, g->shard_bytes ? g->shard_bytes : UINT64_MAX));
-    assert_true(tensors.n <= N_OF(ids));
-    for (size_t i = 0; i < tensors.n; i++)
-        assert_ok(writer_add(w, tensors.list[i].name, tensors.list[i].name, g->dtype, tensors.list[i].n_dims,
-                             tensors.list[i].shape, &ids[i]));
-    assert_ok(writer_begin(w, false));
-    for (size_t i = 0; i < tensors.n; i++) {
-        const enum gemma_role role = tensors.list[i].role;
-        const bool factor = cfg.family->plain_norms && (role == GEMMA_NORM || role == GEMMA_SCALAR);
-        write_tensor(g, w, ids[i], &tensors.list[i], factor ? 1 : 0, &seed);
-    }
-    assert_ok(writer_index(w));
-    assert_ok(writer_finish(w));
-    writer_close(w);
+    write_tensors(g, folder, &cfg, &tensors);
     config_text(g, text, sizeof text);
     char *path = file_join(folder, "config.json");
     support_write(path, text, strlen(text));

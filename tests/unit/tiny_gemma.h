@@ -19,6 +19,8 @@ struct tiny_gemma {
     uint64_t shard_bytes; /* 0: one file */
     bool
         dead; /* with the projections and norms that layers which share keys and values do not read, as releases have */
+    bool
+        apart; /* a mixture's experts have a tensor for each linear; else two for all of a layer's, as in releases */
     /* one weight that is replaced: tensor NULL = none */
     const char *bad_tensor;
     int64_t bad_index;
@@ -29,10 +31,22 @@ struct tiny_gemma {
 extern const struct tiny_gemma tiny_gemma_plain;
 
 /* One of every other family, as small as that: Gemma 1; 2; 4 whose last three layers share keys and values and whose
- * layers have inputs of their own; 4 whose global layers' values are their keys. */
-enum { TINY_FAMILIES = 4, TINY_GEMMA1 = 0, TINY_GEMMA2, TINY_GEMMA4_SHARING, TINY_GEMMA4_K_IS_V };
+ * layers have inputs of their own; 4 whose global layers' values are their keys; the same with a mixture of experts, which no
+ * method tunes. */
+enum {
+    TINY_GEMMA1,
+    TINY_GEMMA2,
+    TINY_GEMMA4_SHARING,
+    TINY_GEMMA4_K_IS_V,
+    TINY_GEMMA4_EXPERTS,
+    TINY_FAMILIES,
+    TINY_TUNED = TINY_GEMMA4_EXPERTS /* the families before it */
+};
 extern const struct tiny_gemma tiny_families[TINY_FAMILIES];
 extern const char *const tiny_family_names[TINY_FAMILIES];
+
+/* Of the mixture. */
+enum { TINY_EXPERTS = 8, TINY_TOP = 2, TINY_EXPERT_SIZE = 96 };
 
 /* Writes the model into a new folder. */
 void tiny_gemma_write(const struct tiny_gemma *g, const char *folder);

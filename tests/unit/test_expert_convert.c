@@ -1,0 +1,202 @@
+/* Cuts of a mixture of experts in other formats, and damaged ones. The model is made up (tiny_gemma.h). */
+#include "base/file.h"
+#include "quantize/convert.h"
+#include "runtime/weights.h"
+#include "tests/unit/expert_cutting.h"
+#include "tests/unit/support.h"
+
+/* --- converted ------------------------------------------------------------------------------------------------------ */
+
+static int convert(const char *from, const char *to, enum quant_format format)
+{
+    static const struct convert_events silent;
+    const struct convert_options o = {.model = from,
+                                      .out = to,
+                                      .version = "test",
+                                      .format = format,
+                                      .shard_bytes = UINT64_MAX,
+                                      .n_workers = 2};
+    struct convert *c;
+    int rc = convert_open(&c, &o);
+    if (!rc)
+        rc = convert_run(c, &silent);
+    convert_close(c);
+    return rc;
+}
+
+/* To another format and back: the same bytes. Experts that stay in 16 bits lie as they did. */
+static void test_converted(void **state)
+{
+    (void)state;
+    for (int i = 0; i < 3; i++) {
+        struct cut_options o = mixture_gptq(support_path("from-%d", i));
+        o.recipe.ignore = i == 1 ? mixture_all_experts : mixture_middle_layer;
+        o.recipe.n_ignore = i > 0;
+        mixture_made(&o);
+        for (int f = QUANT_AUTO_ROUND; f < N_QUANT_FORMATS; f++) {
+            struct cut_options direct = o;
+            const char *to = support_path("to-%d-%d", i, f), *back = support_path("back-%d-%d", i, f);
+            assert_ok(convert(o.out, to, (enum quant_format)f));
+            mixture_check_good(to);
+            if (i)
+                mixture_check_kept(to, mixture_whole(), 1);
+            assert_ok(convert(to, back, QUANT_COMPRESSED_TENSORS));
+            mixture_check_good(back);
+            mixture_check_same(back, o.out);
+            direct.out = support_path("direct-%d-%d", i, f);
+            direct.recipe.format = (enum quant_format)f;
+            mixture_check_same(to, mixture_made(&direct));
+        }
+    }
+}
+
+/* --- damaged -------------------------------------------------------------------------------------------------------- */
+
+/* A copy of the cut's two files with one place of one of them changed, which both have the length of. */
+static const char *damaged(const char *name, const char *file, const char *from, const char *to)
+{
+    static const char *const files[] = {"config.json", "model.safetensors"};
+    const struct cut_options o = mixture_rtn(support_path("rtn"));
+    const char *folder = support_path("%s", name);
+    mixture_made(&o);
+    assert_ok(file_make_folder(folder));
+    assert_int_equal(strlen(from), strlen(to));
+    for (size_t i = 0; i < N_OF(files); i++) {
+        char *in = file_join(o.out, files[i]), *out = file_join(folder, files[i]);
+        size_t n, at = 0, length = strlen(from);
+        char *text = support_read(in, &n);
+        while (!strcmp(file, files[i]) && at + length <= n && memcmp(text + at, from, length))
+            at++;
+        assert_true(at + length <= n);
+        if (!strcmp(file, files[i]))
+            memcpy(text + at, to, length);
+        support_write(out, text, n);
+        free(in);
+        free(out);
+        free(text);
+    }
+    return folder;
+}
+
+static int load(const char *folder)
+{
+    struct backend b;
+    struct model m;
+    struct weights w;
+    assert_ok(backend_open(&b, "cpu", 1));
+    int rc = model_open(&m, folder);
+    if (!rc && !(rc = model_bind(&m, NULL, NULL)) && !(rc = weights_load(&w, &m, &b)))
+        weights_free(&w);
+    model_close(&m);
+    backend_close(&b);
+    return rc;
+}
+
+static void test_damaged(void **state)
+{
+    (void)state;
+    static const char missing[] = "model.layers.1.experts.3.up_proj.weight_packed";
+    const char *gone =
+        damaged("gone", "model.safetensors", missing, "model.layers.1.experts.9.up_proj.weight_packed");
+    mixture_check_verified(gone, NULL, missing, "is missing, expected I32 [96, 8]");
+    assert_error(load(gone), ERR_FORMAT, "experts.3.up_proj.weight_packed' is missing");
+    assert_error(convert(gone, support_path("never"), QUANT_GPTQ), ERR_FORMAT, "is missing");
+    const char *shape = damaged("shape", "model.safetensors", "experts.7.down_proj.weight_scale\"",
+                                "experts.7.down_proj.weight_scald\"");
+    mixture_check_verified(shape, NULL, "experts.7.down_proj.weight_scale",
+                           "is missing, expected BF16 [64, 3]");
+    const char *groups = damaged("coarser", "config.json", "\"group_size\": 32", "\"group_size\": 64");
+    mixture_check_verified(groups, NULL, "q_proj.weight_scale", "is BF16 [128, 2], expected BF16 [128, 1]");
+    cutting_check_absent(support_path("never"));
+}
+
+/* Some tensors of one cut's file, the others of another's, announced or put. */
+static void take_tensors(struct writer *w, const struct checkpoint *ck, const char *name, bool named,
+                         bool put, size_t *ids)
+{
+    for (size_t i = 0; i < ck->n_tensors; i++) {
+        const struct tensor *t = &ck->tensors[i];
+        if ((strstr(t->name, name) != NULL) != named)
+            continue;
+        if (!put) {
+            assert_ok(writer_add(w, t->name, t->name, t->dtype, t->n_dims, t->shape, &ids[i]));
+            continue;
+        }
+        char *bytes = malloc(t->bytes);
+        assert_non_null(bytes);
+        assert_ok(checkpoint_read(ck, t, 0, t->bytes, bytes));
+        assert_ok(writer_put(w, ids[i], 0, bytes, t->bytes));
+        free(bytes);
+    }
+}
+
+/* One linear of one expert with groups of 64 among groups of 32, in tensors and description. */
+static const char *one_other(void)
+{
+    static const char module[] = "model.layers.1.experts.3.up_proj", groups[] = "\"config_groups\": {";
+    const struct cut_options fine = mixture_rtn(support_path("rtn"));
+    struct cut_options coarse = mixture_rtn(support_path("coarse"));
+    struct recipe_override override = {(char[]){"*experts*"}, {4, true, 0}};
+    const char *folder = support_path("one-other");
+    struct checkpoint a, b;
+    struct writer *w;
+    struct text config = {0};
+    size_t *ids[2], n;
+    coarse.recipe.overrides = &override;
+    coarse.recipe.n_overrides = 1;
+    assert_ok(checkpoint_open(&a, mixture_made(&fine)));
+    assert_ok(checkpoint_open(&b, mixture_made(&coarse)));
+    ids[0] = calloc(a.n_tensors, sizeof **ids);
+    ids[1] = calloc(b.n_tensors, sizeof **ids);
+    assert_true(ids[0] && ids[1]);
+    assert_ok(file_make_folder(folder));
+    assert_ok(writer_open(&w, folder, UINT64_MAX));
+    take_tensors(w, &a, module, false, false, ids[0]);
+    take_tensors(w, &b, module, true, false, ids[1]);
+    assert_ok(writer_begin(w, false));
+    take_tensors(w, &a, module, false, true, ids[0]);
+    take_tensors(w, &b, module, true, true, ids[1]);
+    assert_ok(writer_finish(w));
+    writer_close(w);
+    free(ids[0]);
+    free(ids[1]);
+    checkpoint_close(&a);
+    checkpoint_close(&b);
+    char *text = support_read(support_path("rtn/config.json"), &n), *at;
+    text[n - 1] = '\0';
+    assert_non_null(at = strstr(text, groups));
+    at += strlen(groups);
+    text_printf(&config,
+                "%.*s\"group_9\": {\"targets\": [\"%s\"], \"weights\": {\"num_bits\": 4, \"type\": \"int\", "
+                "\"symmetric\": true, \"strategy\": \"channel\"}}, %s",
+                (int)(at - text), text, module, at);
+    assert_ok(text_finish(&config));
+    support_write(support_path("one-other/config.json"), config.data, config.len);
+    text_free(&config);
+    free(text);
+    return folder;
+}
+
+/* It is whole, but readers run all experts of a layer in one go, and so does gemcut. */
+static void test_one_other(void **state)
+{
+    (void)state;
+    const char *folder = one_other();
+    mixture_check_verified(folder, NULL, NULL, NULL);
+    assert_error(load(folder), ERR_UNSUPPORTED, "which is not supported for experts");
+    assert_non_null(strstr(err_message(), "'model.layers.1.experts.0.gate_proj.weight' and "
+                                          "'model.layers.1.experts.3.up_proj.weight'"));
+    assert_error(convert(folder, support_path("never"), QUANT_GPTQ), ERR_UNSUPPORTED,
+                 "are quantized differently, and readers run them as one matrix");
+    cutting_check_absent(support_path("never"));
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_converted),
+        cmocka_unit_test(test_damaged),
+        cmocka_unit_test(test_one_other),
+    };
+    return cmocka_run_group_tests(tests, mixture_make, support_remove_folder);
+}
