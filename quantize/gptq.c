@@ -8,10 +8,10 @@
 #include <stdlib.h>
 
 enum {
-    FAN = 4,                  /* ranges of columns that one is cut into, … */
+    FAN = 4,                           /* ranges of columns that one is cut into, … */
     PANEL = FAN * FAN * SWEEP_COLUMNS, /* … twice, down to what a kernel takes at a time */
-    LEAST_ROWS = 64,          /* of a weight whose scales are refitted at a time, … */
-    NORMAL_BYTES = 256 << 20, /* … and more of them while their normal equations fit */
+    LEAST_ROWS = 64,                   /* of a weight whose scales are refitted at a time, … */
+    NORMAL_BYTES = 256 << 20,          /* … and more of them while their normal equations fit */
 };
 
 /* Numbers that a weight's run leaves on the device, for each of its parts. */
@@ -258,7 +258,8 @@ static int sweep_range(const struct gptq *g, const struct rounding *r, const str
         if (rc < 0 || next == end)
             continue;
         const struct mat errors = mat_cols(&s->panel, at - panel, next - at),
-                         rows = mat_rows(&s->factor, at, next - at), factor = mat_cols(&rows, next, end - next),
+                         rows = mat_rows(&s->factor, at, next - at),
+                         factor = mat_cols(&rows, next, end - next),
                          behind = mat_cols(&s->pool, next, end - next);
         rc = b->core->matmul(b, 1, &errors, &factor, true, &behind);
     }
@@ -426,7 +427,8 @@ static int descend(const struct gptq *g, const struct rounding *r, const struct 
     int rc = 0;
     for (int64_t panel = 0; !rc && panel < cols; panel += PANEL) {
         const int64_t end = least(panel + PANEL, cols);
-        const struct mat changes = mat_cols(&s->changes, 0, end - panel), h = mat_rows(g->h, panel, end - panel);
+        const struct mat changes = mat_cols(&s->changes, 0, end - panel),
+                         h = mat_rows(g->h, panel, end - panel);
         rc = b->core->zero(b, &s->feedback);
         if (!rc)
             rc = descend_range(g, r, s, panel, panel, end, PANEL);
@@ -535,7 +537,8 @@ int gptq_quantize(struct gptq *g, const struct mat *w, const struct qmat *q, con
     if (!rc)
         rc = refine(g, &r, &s);
     if (!rc) /* refinement has kept the gradient up to date */
-        rc = fits_on_the_way(&r) && g->o.passes ? b->quant->residual(b, &r, &s.pool) : find_gradient(g, &r, &s);
+        rc = fits_on_the_way(&r) && g->o.passes ? b->quant->residual(b, &r, &s.pool)
+                                                : find_gradient(g, &r, &s);
     if (!rc)
         rc = measure(g, &s, SUM_ERROR);
     if (!rc)
