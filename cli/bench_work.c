@@ -11,10 +11,10 @@
 #include <string.h>
 
 const enum bench_unit bench_work_units[N_WORK] = {
-    [WORK_LOAD] = UNIT_BYTES,  [WORK_FORWARD] = UNIT_FLOP,  [WORK_HESSIAN] = UNIT_FLOP,
-    [WORK_FACTOR] = UNIT_FLOP, [WORK_SEARCH] = UNIT_TRIALS, [WORK_MEASURE] = UNIT_FLOP,
-    [WORK_SWEEP] = UNIT_FLOP,  [WORK_REFIT] = UNIT_FLOP,    [WORK_DESCEND] = UNIT_FLOP,
-    [WORK_TUNE] = UNIT_FLOP,   [WORK_DELIVER] = UNIT_BYTES};
+    [WORK_LOAD] = UNIT_BYTES,   [WORK_FORWARD] = UNIT_FLOP,  [WORK_HESSIAN] = UNIT_FLOP,
+    [WORK_FACTOR] = UNIT_FLOP,  [WORK_SEARCH] = UNIT_TRIALS, [WORK_MEASURE] = UNIT_FLOP,
+    [WORK_SWEEP] = UNIT_FLOP,   [WORK_REFIT] = UNIT_FLOP,    [WORK_DESCEND] = UNIT_FLOP,
+    [WORK_EXPERTS] = UNIT_FLOP, [WORK_TUNE] = UNIT_FLOP,     [WORK_DELIVER] = UNIT_BYTES};
 
 int bench_shape_config(const struct bench_shape *shape, struct gemma_config *out)
 {
@@ -66,7 +66,8 @@ static struct set next_set(const struct recipe_plan *plan, size_t *at)
     struct set s = {gemma_fused_set(first->tensor->role), first, 0, (double)first->tensor->shape[1]};
     for (; *at < plan->n; ++*at) {
         const struct gemma_tensor *t = plan->linears[*at].tensor;
-        if (t->layer != first->tensor->layer || gemma_fused_set(t->role) != s.kind)
+        if (t->layer != first->tensor->layer || t->expert != first->tensor->expert ||
+            gemma_fused_set(t->role) != s.kind)
             break;
         s.rows += (double)t->shape[0];
     }
@@ -89,19 +90,30 @@ static bool solves(const struct recipe *r)
 
 static void count_solving(double out[N_WORK], const struct set *s, const struct recipe *r, double tokens)
 {
-    const bool sweep = r->sweep, weighed = s->kind == FUSED_O || s->kind == FUSED_DOWN;
+    const bool expert = s->first->tensor->expert >= 0, sweep = r->sweep,
+               weighed = !expert && (s->kind == FUSED_O || s->kind == FUSED_DOWN);
     const double n = s->rows, k = s->cols, triangle = n * k * k, passes = r->passes;
     const int64_t group = s->first->scheme.group ? s->first->scheme.group : s->first->tensor->shape[1];
     const bool apart = SWEEP_COLUMNS % group != 0 && s->first->tensor->shape[1] > SWEEP_COLUMNS;
     out[WORK_HESSIAN] += k * k * tokens + (weighed ? 2 * n * k * tokens : 0);
     out[WORK_SEARCH] += candidates(r, s->first->scheme.symmetric, group) * n * k;
-    out[WORK_MEASURE] += 3 * 2 * triangle;
+    out[WORK_MEASURE] += (apart || !(passes > 0) ? 3 : 2) * 2 * triangle;
     out[WORK_FACTOR] += sweep ? k * k * k / 3 : 0;
     out[WORK_SWEEP] += sweep ? triangle : 0;
     if (passes > 0) {
         out[WORK_REFIT] += apart ? (passes + 1) * triangle : 0;
-        out[WORK_DESCEND] += (apart ? 3 * passes : 2 * passes + 1) * triangle;
+        out[WORK_DESCEND] += (apart ? 3 * passes : 2 * passes + 2) * triangle;
     }
+}
+
+/* Of an expert's set, whose share of the tokens that is. Solvers stand side by side, so what they do is one kind of work; what
+ * they compute in other numbers, candidates and FP64, is left out. */
+static void count_expert(double out[N_WORK], const struct set *s, const struct recipe *r, double tokens)
+{
+    double own[N_WORK] = {0};
+    count_solving(own, s, r, tokens);
+    out[WORK_HESSIAN] += own[WORK_HESSIAN];
+    out[WORK_EXPERTS] += own[WORK_MEASURE] + own[WORK_SWEEP] + own[WORK_REFIT] + own[WORK_DESCEND];
 }
 
 /* How often all tokens go through a set of linears. Attention runs with q/k/v. */
@@ -161,13 +173,17 @@ void bench_work_count(double out[N_WORK], const struct model *m, const struct re
     }
     for (size_t i = 0; i < plan->n;) {
         const struct set s = next_set(plan, &i);
-        const bool last = s.first->tensor->layer == (int)g->n_layers - 1;
-        out[WORK_FORWARD] += pass_runs(s.kind, last, recipe, pass) * 2 * s.rows * s.cols * tokens;
+        const bool last = s.first->tensor->layer == (int)g->n_layers - 1,
+                   expert = s.first->tensor->expert >= 0;
+        const double sent = expert ? tokens * (double)g->top_k / (double)g->n_experts : tokens;
+        const double runs = !expert ? pass_runs(s.kind, last, recipe, pass)
+                                    : (s.kind == FUSED_DOWN ? 0 : s.first->quantized) + !last;
+        out[WORK_FORWARD] += runs * 2 * s.rows * s.cols * sent;
         out[WORK_TUNE] += tuning_flop(&s, recipe, pass);
         if (!s.first->quantized)
             continue;
         if (solves(recipe))
-            count_solving(out, &s, recipe, tokens);
+            (expert ? count_expert : count_solving)(out, &s, recipe, sent);
         out[WORK_DELIVER] += result_bytes(&s);
     }
 }
@@ -388,7 +404,7 @@ int bench_bounds_measure(const struct backend *b, struct parallel *pool, const s
     if (!rc)
         rc = measure_matmul(&t, g, DTYPE_I8, &rates[WORK_REFIT]);
     give_back(&t);
-    rates[WORK_MEASURE] = rates[WORK_DESCEND] = rates[WORK_SWEEP];
+    rates[WORK_MEASURE] = rates[WORK_DESCEND] = rates[WORK_EXPERTS] = rates[WORK_SWEEP];
     rates[WORK_TUNE] = rates[WORK_FORWARD];
     if (!rc && !b->host_memory)
         rc = measure_copies(&t, out);

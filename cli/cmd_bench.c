@@ -241,7 +241,7 @@ static int make_recipe(const struct args *a, struct recipe *r)
         .tune = a->tune,
         .iterations = 200,
         .calib = {.samples = a->samples ? a->samples : 128, .length = a->length}};
-    *r = (struct recipe){.ragged = RAGGED_SMALLER};
+    *r = (struct recipe){.ragged = RAGGED_AUTO};
     int rc = recipe_args_apply(&chosen, r);
     r->calib.text = NULL; /* ids are made up */
     if (!rc && r->calibrated)

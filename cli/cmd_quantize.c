@@ -160,8 +160,9 @@ static const struct opt options[] = {
      OPT_TO_CHOICE(struct args, ragged),
      .choices = ragged_rules,
      .initial = "auto",
-     .help = "where the group size does not divide a width: the largest smaller one that does, keep 16 bits, or "
-             "error; auto: smaller for experts and multiples of 128, else keep"},
+     .help =
+         "where the group size does not divide a width: the largest smaller one that does, keep 16 bits, or "
+         "error; auto: smaller for experts and multiples of 128, else keep"},
     {.name = "allow-nonfinite",
      OPT_TO_FLAG(struct args, allow_nonfinite),
      .help = "take NaN and infinite weights as 0 instead of refusing them"},

@@ -26,8 +26,7 @@ int solver_open(struct solver *s, const struct run *r, const struct backend *b, 
     int rc = n ? gptq_open(&s->gptq, b, &r->o->gptq, sizes, n, clock) : 0;
     if (!rc)
         rc = b->core->acquire(b, result_total(&bytes), "codes and scales", &s->codes);
-    return rc ? rc
-              : b->core->acquire_staging(b, GPTQ_MAX_PARTS * sizeof(int64_t), "places", &s->n_found);
+    return rc ? rc : b->core->acquire_staging(b, GPTQ_MAX_PARTS * sizeof(int64_t), "places", &s->n_found);
 }
 
 void solver_close(struct solver *s)
@@ -139,7 +138,7 @@ int calibrate_send(struct run *r, const struct solver *v, const struct result *r
     if (rc < 0)
         return rc;
     outbox_put(r->outbox, slot, result);
-    return work_spent(&r->clock, r->b, WORK_DELIVER);
+    return 0;
 }
 
 /* --- one set ---------------------------------------------------------------------------------------------------- */
@@ -153,8 +152,8 @@ static int replace_weight(const struct backend *b, struct linear *l, const struc
 }
 
 /* Counts weights that are not finite and sets them to 0, or refuses them. */
-static int check_piece(const struct run *r, const struct solver *v, const struct set *s, const struct piece *p,
-                       int64_t *n_nonfinite)
+static int check_piece(const struct run *r, const struct solver *v, const struct set *s,
+                       const struct piece *p, int64_t *n_nonfinite)
 {
     const struct core_ops *core = v->b->core;
     int64_t *found = v->n_found.device;
@@ -181,8 +180,8 @@ static int check_piece(const struct run *r, const struct solver *v, const struct
     return rc;
 }
 
-int calibrate_check_finite(const struct run *r, const struct solver *v, const struct set *s, struct linear_set *l,
-                           int64_t *n_nonfinite)
+int calibrate_check_finite(const struct run *r, const struct solver *v, const struct set *s,
+                           struct linear_set *l, int64_t *n_nonfinite)
 {
     struct piece pieces[GPTQ_MAX_PARTS];
     const int n = set_pieces(s, l, pieces);
@@ -284,7 +283,9 @@ static int run_set(struct run *r, int layer, enum gemma_fused kind)
     int rc = calibrate_check_finite(r, &r->solver, &result.set, l, result.n_nonfinite);
     if (!rc)
         rc = solve_set(r, layer, kind, &result);
-    return rc ? rc : calibrate_send(r, &r->solver, &result);
+    if (!rc)
+        rc = calibrate_send(r, &r->solver, &result);
+    return rc ? rc : work_spent(&r->clock, r->b, WORK_DELIVER);
 }
 
 /* --- a block under tuning --------------------------------------------------------------------------------------- */
@@ -313,7 +314,9 @@ static int finish_set(struct run *r, int layer, enum gemma_fused kind, struct re
         if (!rc)
             rc = replace_weight(r->b, p->linear, &q);
     }
-    return rc ? rc : calibrate_send(r, &r->solver, result);
+    if (!rc)
+        rc = calibrate_send(r, &r->solver, result);
+    return rc ? rc : work_spent(&r->clock, r->b, WORK_DELIVER);
 }
 
 /* 1: every set of the block was known and has taken its place; otherwise the weights are what they were. */
@@ -322,7 +325,8 @@ static int take_known_block(struct run *r, int layer, const struct result result
     int known = r->events->known != NULL;
     for (int k = 0; known > 0 && k < N_FUSED; k++)
         if (set_quantized(&results[k].set))
-            known = calibrate_take_known(r, &results[k].set, set_place(&r->weights.blocks[layer], (enum gemma_fused)k, SET_DENSE));
+            known = calibrate_take_known(
+                r, &results[k].set, set_place(&r->weights.blocks[layer], (enum gemma_fused)k, SET_DENSE));
     const int rc = known ? 0 : tuner_restore(r->tuner);
     return rc ? rc : known;
 }

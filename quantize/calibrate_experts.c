@@ -61,8 +61,8 @@ int calibrate_open_experts(struct run *r, const struct calibrate_plan *plan)
     x->list = mem_alloc((size_t)workers, sizeof *x->list, "workers");
     rc = x->backends && x->list ? 0 : ERR_MEMORY;
     if (!rc)
-        rc = r->b->core->acquire(r->b, (size_t)(cols * cols * x->at_once) * sizeof(float), "experts' Hessians",
-                                 &x->hessian);
+        rc = r->b->core->acquire(r->b, (size_t)(cols * cols * x->at_once) * sizeof(float),
+                                 "experts' Hessians", &x->hessian);
     for (; !rc && x->n < workers; x->n++) {
         rc = backend_open_beside(&x->backends[x->n], r->b);
         if (!rc)
@@ -105,7 +105,8 @@ static int solve_expert(void *ctx, size_t index, int worker)
     const int expert = j->first + (int)index;
     const struct solver *v = &r->experts.list[worker];
     struct linear_set *l = set_place(&r->weights.blocks[j->layer], j->kind, expert);
-    const struct mat all = {r->experts.hessian.ptr, DTYPE_F32, (int64_t)r->experts.at_once * j->cols, j->cols, j->cols},
+    const struct mat all = {r->experts.hessian.ptr, DTYPE_F32, (int64_t)r->experts.at_once * j->cols, j->cols,
+                            j->cols},
                      h = mat_rows(&all, (int64_t)index * j->cols, j->cols);
     struct result result = {.set = set_find(r->plan, j->layer, j->kind, expert)};
     if (j->known[expert])
@@ -184,10 +185,11 @@ static void warn_of_starved(const struct run *r)
 {
     const struct expert_solvers *x = &r->experts;
     if (x->n_starved)
-        log_warn("the text sent fewer than %lld tokens to %lld of %lld experts (fewest: %lld, layer %d, expert %d); they "
-                 "got others up to that; more samples would help",
-                 (long long)capture_expert_floor(&r->m->gemma, r->data), (long long)x->n_starved,
-                 (long long)x->n_seen, (long long)x->fewest, x->fewest_layer, x->fewest_expert);
+        log_warn(
+            "the text sent fewer than %lld tokens to %lld of %lld experts (fewest: %lld, layer %d, expert %d); they "
+            "got others up to that; more samples would help",
+            (long long)capture_expert_floor(&r->m->gemma, r->data), (long long)x->n_starved,
+            (long long)x->n_seen, (long long)x->fewest, x->fewest_layer, x->fewest_expert);
 }
 
 int calibrate_run_experts(struct run *r, int layer)

@@ -20,9 +20,10 @@ struct result {
 /* What quantizes one set at a time. */
 struct solver {
     const struct backend *b;
-    struct gptq *gptq;         /* NULL where no codes are found under Hessians */
-    struct buf codes;          /* with scales and zero points, of the largest set */
-    struct staged_buf n_found; /* places or numbers of weights that are not finite, one for each of a set's linears */
+    struct gptq *gptq; /* NULL where no codes are found under Hessians */
+    struct buf codes;  /* with scales and zero points, of the largest set */
+    struct staged_buf
+        n_found; /* places or numbers of weights that are not finite, one for each of a set's linears */
 };
 
 /* Solvers side by side, each with a stream of its own: one expert keeps a device less than busy. */
@@ -63,8 +64,8 @@ int solver_open(struct solver *s, const struct run *r, const struct backend *b, 
 void solver_close(struct solver *s);
 
 /* The steps of a set. Counts weights that are not finite and sets them to 0, or refuses them. */
-int calibrate_check_finite(const struct run *r, const struct solver *v, const struct set *s, struct linear_set *l,
-                           int64_t *n_nonfinite);
+int calibrate_check_finite(const struct run *r, const struct solver *v, const struct set *s,
+                           struct linear_set *l, int64_t *n_nonfinite);
 /* Codes under the Hessian take the weights' place; a tuning gets them as its start, else they are the result. */
 int calibrate_solve(struct run *r, const struct solver *v, enum gemma_fused kind, struct linear_set *l,
                     const struct mat *h, struct result *result);

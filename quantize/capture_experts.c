@@ -109,7 +109,8 @@ int64_t capture_expert_tokens(const struct capture *c, int expert)
  * mixture 0.0310 and 0.0315, each ± 0.0006). */
 
 /* The rows of a batch that experts [first, first + n) are calibrated on. */
-static struct expert_tokens pick_tokens(const struct capture *c, const struct token_batch *t, int first, int n)
+static struct expert_tokens pick_tokens(const struct capture *c, const struct token_batch *t, int first,
+                                        int n)
 {
     const struct routes *r = &c->routes;
     const int k = c->w->blocks[r->layer].top_k;

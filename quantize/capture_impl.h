@@ -14,8 +14,8 @@ struct routes {
     struct experts_room room;   /* of a batch */
     struct mat chosen, weights; /* I32, F32 [all tokens, top_k], on the device */
     int32_t *host, *picked;     /* of all tokens; of a batch, without those that are left out */
-    int64_t *counts;         /* [experts]: tokens that were sent to it, but for those that are left out */
-    struct extra_row *extra; /* of a batch */
+    int64_t *counts;            /* [experts]: tokens that were sent to it, but for those that are left out */
+    struct extra_row *extra;    /* of a batch */
     int64_t max_extra;
 };
 

@@ -86,10 +86,11 @@ static uint64_t copying_bytes(const struct cut *c)
 static int refuse_tuned_experts(const struct cut *c)
 {
     return c->options.recipe.tune.iterations && c->source.gemma.n_experts
-               ? err_set(ERR_UNSUPPORTED,
-                         "%s: has a mixture of experts, which --method autoround (and --quality better) does not tune; "
-                         "--method gptq quantizes it",
-                         c->source.folder)
+               ? err_set(
+                     ERR_UNSUPPORTED,
+                     "%s: has a mixture of experts, which --method autoround (and --quality better) does not tune; "
+                     "--method gptq quantizes it",
+                     c->source.folder)
                : 0;
 }
 

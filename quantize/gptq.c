@@ -8,9 +8,10 @@
 #include <stdlib.h>
 
 enum {
-    PANEL = 512,              /* columns whose errors reach what is beyond them in one product */
-    LEAST_ROWS = 64,          /* of a weight whose scales are refitted at a time, … */
-    NORMAL_BYTES = 256 << 20, /* … and more of them while their normal equations fit */
+    FAN = 4,                           /* ranges of columns that one is cut into, … */
+    PANEL = FAN * FAN * SWEEP_COLUMNS, /* … twice, down to what a kernel takes at a time */
+    LEAST_ROWS = 64,                   /* of a weight whose scales are refitted at a time, … */
+    NORMAL_BYTES = 256 << 20,          /* … and more of them while their normal equations fit */
 };
 
 /* Numbers that a weight's run leaves on the device, for each of its parts. */
@@ -38,8 +39,8 @@ struct space {
     struct mat work;               /* F64 [cols, cols]; where the following ones lie */
     struct mat codes;              /* I8 [rows, cols] */
     struct mat wh, gradient, pool; /* F32 [rows, cols]: W·H; (W − Ŵ)·H; feedback, residuals, products */
-    struct mat panel, feedback;    /* F32 [rows, PANEL] */
-    struct mat changes;            /* BF16 [rows, PANEL] */
+    struct mat panel, feedback;    /* F32 [rows, PANEL or cols], whichever is less */
+    struct mat changes;            /* BF16, the same */
     struct mat normal, rhs;        /* F32 [some rows, groups²], [some rows, groups] */
 };
 
@@ -71,6 +72,7 @@ static uint64_t lay_out(void *base, const struct gptq_size *s, struct space *out
     const int64_t groups = (s->cols + s->group - 1) / s->group;
     const int64_t fitting = NORMAL_BYTES / (groups * groups * (int64_t)sizeof(float));
     const int64_t refit_rows = least(s->rows, fitting > LEAST_ROWS ? fitting : LEAST_ROWS);
+    const int64_t panel = least(PANEL, s->cols);
     uint64_t at = 0, behind;
     out->factor = arena_take(base, &at, DTYPE_F32, s->cols, s->cols);
     behind = at;
@@ -79,9 +81,9 @@ static uint64_t lay_out(void *base, const struct gptq_size *s, struct space *out
     out->wh = arena_take(base, &at, DTYPE_F32, s->rows, s->cols);
     out->gradient = arena_take(base, &at, DTYPE_F32, s->rows, s->cols);
     out->pool = arena_take(base, &at, DTYPE_F32, s->rows, s->cols);
-    out->panel = arena_take(base, &at, DTYPE_F32, s->rows, PANEL);
-    out->feedback = arena_take(base, &at, DTYPE_F32, s->rows, PANEL);
-    out->changes = arena_take(base, &at, DTYPE_BF16, s->rows, PANEL);
+    out->panel = arena_take(base, &at, DTYPE_F32, s->rows, panel);
+    out->feedback = arena_take(base, &at, DTYPE_F32, s->rows, panel);
+    out->changes = arena_take(base, &at, DTYPE_BF16, s->rows, panel);
     out->normal = arena_take(base, &at, DTYPE_F32, refit_rows, groups * groups);
     out->rhs = arena_take(base, &at, DTYPE_F32, refit_rows, groups);
     return at > behind ? at : behind;
@@ -237,27 +239,41 @@ int gptq_prepare(struct gptq *g, const struct mat *h)
 
 /* --- the sweep -------------------------------------------------------------------------------------------------- */
 
-/* Columns in blocks of SWEEP_COLUMNS. What a block's errors mean for the columns behind it is added at once within its
- * panel, and beyond the panel for all of its blocks together. */
+/* Columns come in ranges within ranges: what a range's errors mean for the columns behind it is added within the range that
+ * it is in, and beyond that for all of its ranges together. The larger the range, the more columns share a pass over what
+ * they are added to. first … end: of one of so many columns in the panel that begins with `panel`. */
+static int sweep_range(const struct gptq *g, const struct rounding *r, const struct space *s, int64_t panel,
+                       int64_t first, int64_t end, int64_t columns)
+{
+    const struct backend *b = g->b;
+    const struct mat order = order_of(g, r->w->cols);
+    int rc = 0;
+    if (columns == SWEEP_COLUMNS) {
+        const struct mat errors = mat_cols(&s->panel, first - panel, end - first);
+        return b->quant->sweep_block(b, r, &order, &s->factor, &s->pool, first, &errors);
+    }
+    for (int64_t at = first, next; !rc && at < end; at = next) {
+        next = least(at + columns / FAN, end);
+        rc = sweep_range(g, r, s, panel, at, next, columns / FAN);
+        if (rc < 0 || next == end)
+            continue;
+        const struct mat errors = mat_cols(&s->panel, at - panel, next - at),
+                         rows = mat_rows(&s->factor, at, next - at),
+                         factor = mat_cols(&rows, next, end - next),
+                         behind = mat_cols(&s->pool, next, end - next);
+        rc = b->core->matmul(b, 1, &errors, &factor, true, &behind);
+    }
+    return rc;
+}
+
 static int sweep(const struct gptq *g, const struct rounding *r, const struct space *s)
 {
     const struct backend *b = g->b;
     const int64_t cols = r->w->cols;
-    const struct mat order = order_of(g, cols);
     int rc = b->core->zero(b, &s->pool);
     for (int64_t panel = 0; !rc && panel < cols; panel += PANEL) {
         const int64_t end = least(panel + PANEL, cols);
-        for (int64_t first = panel, next; !rc && first < end; first = next) {
-            next = least(first + SWEEP_COLUMNS, end);
-            const struct mat errors = mat_cols(&s->panel, first - panel, next - first);
-            rc = b->quant->sweep_block(b, r, &order, &s->factor, &s->pool, first, &errors);
-            if (rc < 0 || next == end)
-                continue;
-            const struct mat rows = mat_rows(&s->factor, first, next - first),
-                             factor = mat_cols(&rows, next, end - next),
-                             behind = mat_cols(&s->pool, next, end - next);
-            rc = b->core->matmul(b, 1, &errors, &factor, true, &behind);
-        }
+        rc = sweep_range(g, r, s, panel, panel, end, PANEL);
         if (rc < 0 || end == cols)
             continue;
         const struct mat errors = mat_cols(&s->panel, 0, end - panel),
@@ -336,12 +352,31 @@ static int find_gradient(const struct gptq *g, const struct rounding *r, const s
     return rc ? rc : g->b->core->matmul(g->b, 1, &s->pool, g->h, false, &s->gradient);
 }
 
-/* Σ (W − Ŵ)⊙(W − Ŵ)·H, and next to it Σ (W − Ŵ)² */
-static int measure(const struct gptq *g, const struct rounding *r, const struct space *s, enum sum sum)
+/* The same in the activations' precision, a third of the work and enough for a report: rows in turns, as many as the changes
+ * have memory for. */
+static int find_rough_gradient(const struct gptq *g, const struct rounding *r, const struct space *s)
 {
-    int rc = find_gradient(g, r, s);
-    if (!rc)
-        rc = dots(g, &s->pool, &s->gradient, sum);
+    const struct backend *b = g->b;
+    const int64_t rows = r->w->rows, cols = r->w->cols,
+                  n = s->changes.rows * s->changes.cols * 2 / (cols * (int64_t)dtype_bytes(b->activation));
+    if (b->activation == DTYPE_F32 || n < 1)
+        return find_gradient(g, r, s);
+    int rc = b->quant->residual(b, r, &s->pool);
+    for (int64_t row = 0; !rc && row < rows; row += n) {
+        const int64_t some = least(n, rows - row);
+        const struct mat from = mat_rows(&s->pool, row, some), to = mat_rows(&s->gradient, row, some),
+                         x = {s->changes.data, b->activation, some, cols, cols};
+        rc = b->core->scale(b, 1, &from, false, &x);
+        if (!rc)
+            rc = b->core->gemm(b, &x, g->h, &to);
+    }
+    return rc;
+}
+
+/* Of W − Ŵ in the pool and the gradient: Σ (W − Ŵ)⊙(W − Ŵ)·H, and next to it Σ (W − Ŵ)² */
+static int measure(const struct gptq *g, const struct space *s, enum sum sum)
+{
+    const int rc = dots(g, &s->pool, &s->gradient, sum);
     return rc ? rc : dots(g, &s->pool, &s->pool, sum + 1);
 }
 
@@ -359,48 +394,62 @@ static int count_clipped(const struct gptq *g, const struct rounding *r)
     return rc;
 }
 
-/* One pass over all columns, in panels as in the sweep; within a panel the changes go to a feedback of its own, so that
- * the gradient of every column, its own too, can be brought up to date by one product. After the last pass nobody asks
- * for the gradient of columns that lie behind. */
-static int descend(const struct gptq *g, const struct rounding *r, const struct space *s, bool last)
+/* As sweep_range; within a panel the changes go to a feedback of its own. */
+static int descend_range(const struct gptq *g, const struct rounding *r, const struct space *s, int64_t panel,
+                         int64_t first, int64_t end, int64_t columns)
+{
+    const struct backend *b = g->b;
+    int rc = 0;
+    if (columns == SWEEP_COLUMNS) {
+        const struct mat changes = mat_cols(&s->changes, first - panel, end - first),
+                         feedback = mat_cols(&s->feedback, first - panel, end - first);
+        return b->quant->descend_block(b, r, g->h, &s->gradient, &feedback, first, &changes);
+    }
+    for (int64_t at = first, next; !rc && at < end; at = next) {
+        next = least(at + columns / FAN, end);
+        rc = descend_range(g, r, s, panel, at, next, columns / FAN);
+        if (rc < 0 || next == end)
+            continue;
+        const struct mat changes = mat_cols(&s->changes, at - panel, next - at),
+                         rows = mat_rows(g->h, at, next - at), h = mat_cols(&rows, next, end - next),
+                         behind = mat_cols(&s->feedback, next - panel, end - next);
+        rc = b->core->matmul(b, -1, &changes, &h, true, &behind);
+    }
+    return rc;
+}
+
+/* One pass over all columns. After each panel the gradient of every column, its own too, is brought up to date by one
+ * product. */
+static int descend(const struct gptq *g, const struct rounding *r, const struct space *s)
 {
     const struct backend *b = g->b;
     const int64_t cols = r->w->cols;
     int rc = 0;
     for (int64_t panel = 0; !rc && panel < cols; panel += PANEL) {
         const int64_t end = least(panel + PANEL, cols);
-        rc = b->core->zero(b, &s->feedback);
-        for (int64_t first = panel, next; !rc && first < end; first = next) {
-            next = least(first + SWEEP_COLUMNS, end);
-            const struct mat changes = mat_cols(&s->changes, first - panel, next - first),
-                             feedback = mat_cols(&s->feedback, first - panel, next - first);
-            rc = b->quant->descend_block(b, r, g->h, &s->gradient, &feedback, first, &changes);
-            if (rc < 0 || next == end)
-                continue;
-            const struct mat rows = mat_rows(g->h, first, next - first),
-                             h = mat_cols(&rows, next, end - next),
-                             behind = mat_cols(&s->feedback, next - panel, end - next);
-            rc = b->core->matmul(b, -1, &changes, &h, true, &behind);
-        }
-        const int64_t from = last ? end : 0;
-        if (rc < 0 || from == cols)
-            continue;
         const struct mat changes = mat_cols(&s->changes, 0, end - panel),
-                         rows = mat_rows(g->h, panel, end - panel), h = mat_cols(&rows, from, cols - from),
-                         gradient = mat_cols(&s->gradient, from, cols - from);
-        rc = b->core->matmul(b, -1, &changes, &h, true, &gradient);
+                         h = mat_rows(g->h, panel, end - panel);
+        rc = b->core->zero(b, &s->feedback);
+        if (!rc)
+            rc = descend_range(g, r, s, panel, panel, end, PANEL);
+        if (!rc)
+            rc = b->core->matmul(b, -1, &changes, &h, true, &s->gradient);
     }
     return rc;
 }
 
 /* Groups that a block of columns holds as a whole have their scales fitted on the way; longer ones before every pass. */
+static bool fits_on_the_way(const struct rounding *r)
+{
+    return SWEEP_COLUMNS % r->q->group == 0 || r->w->cols <= SWEEP_COLUMNS;
+}
+
 static int refine(const struct gptq *g, const struct rounding *r, const struct space *s)
 {
-    const bool on_the_way = SWEEP_COLUMNS % r->q->group == 0 || r->w->cols <= SWEEP_COLUMNS;
+    const bool on_the_way = fits_on_the_way(r);
     const int passes = g->o.passes;
     int rc = 0;
     for (int pass = 0; !rc && pass < passes; pass++) {
-        const bool last = pass + 1 == passes || !on_the_way;
         if (!on_the_way)
             rc = refit(g, r, s);
         if (!rc)
@@ -408,7 +457,7 @@ static int refine(const struct gptq *g, const struct rounding *r, const struct s
         if (!rc && (pass == 0 || !on_the_way))
             rc = find_gradient(g, r, s);
         if (!rc)
-            rc = descend(g, r, s, last);
+            rc = descend(g, r, s);
         if (!rc)
             rc = work_spent(g->clock, g->b, WORK_DESCEND);
     }
@@ -440,7 +489,9 @@ static int measure_nearest(const struct gptq *g, const struct rounding *r, const
     if (!rc)
         rc = b->quant->round_codes(b, r);
     if (!rc)
-        rc = measure(g, r, s, SUM_NEAREST);
+        rc = find_rough_gradient(g, r, s);
+    if (!rc)
+        rc = measure(g, s, SUM_NEAREST);
     return rc ? rc : work_spent(g->clock, b, WORK_MEASURE);
 }
 
@@ -485,8 +536,11 @@ int gptq_quantize(struct gptq *g, const struct mat *w, const struct qmat *q, con
         rc = work_spent(g->clock, b, WORK_SWEEP);
     if (!rc)
         rc = refine(g, &r, &s);
+    if (!rc) /* refinement has kept the gradient up to date */
+        rc = fits_on_the_way(&r) && g->o.passes ? b->quant->residual(b, &r, &s.pool)
+                                                : find_gradient(g, &r, &s);
     if (!rc)
-        rc = measure(g, &r, &s, SUM_ERROR);
+        rc = measure(g, &s, SUM_ERROR);
     if (!rc)
         rc = count_clipped(g, &r);
     if (!rc)

@@ -334,10 +334,8 @@ void recipe_plan_free(struct recipe_plan *plan)
 
 /* The projections of a set as an expression that also matches the name under which vLLM fuses them. */
 static const char *const set_patterns[N_SETS] = {
-    [FUSED_QKV] = "self_attn\\.(q|k|v|qkv)_proj$",
-    [FUSED_O] = "self_attn\\.o_proj$",
-    [FUSED_GATE_UP] = "mlp\\.(gate|up|gate_up)_proj$",
-    [FUSED_DOWN] = "mlp\\.down_proj$",
+    [FUSED_QKV] = "self_attn\\.(q|k|v|qkv)_proj$",     [FUSED_O] = "self_attn\\.o_proj$",
+    [FUSED_GATE_UP] = "mlp\\.(gate|up|gate_up)_proj$", [FUSED_DOWN] = "mlp\\.down_proj$",
     [SET_EXPERTS] = "(.*\\.)?experts\\..*_proj$", /* vLLM has a module between */
 };
 

@@ -32,7 +32,8 @@ int experts_open(struct experts_room *r, const struct gemma_config *c)
 {
     if (!c->n_experts)
         return 0;
-    r->host = mem_alloc((size_t)(2 * r->max_tokens * c->top_k + r->max_rows), sizeof *r->host, "tokens' experts");
+    r->host =
+        mem_alloc((size_t)(2 * r->max_tokens * c->top_k + r->max_rows), sizeof *r->host, "tokens' experts");
     r->starts = mem_alloc((size_t)c->n_experts + 1, sizeof *r->starts, "tokens' experts");
     return r->host && r->starts ? 0 : ERR_MEMORY;
 }

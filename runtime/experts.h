@@ -9,10 +9,10 @@
 /* What the steps work in. Rows are what all experts take: expert e has [starts[e], starts[e + 1]) of them. */
 struct experts_room {
     int64_t max_tokens, max_rows;
-    struct mat normed;            /* act [tokens, hidden] */
-    struct mat logits, sum;       /* F32 [tokens, experts], [tokens, hidden] */
-    struct mat chosen, weights;   /* I32, F32 [tokens, top_k], of experts_add */
-    struct mat order, slots;      /* I32 [1, rows]: the token of each; I32 [tokens, top_k]: the rows of a token */
+    struct mat normed;          /* act [tokens, hidden] */
+    struct mat logits, sum;     /* F32 [tokens, experts], [tokens, hidden] */
+    struct mat chosen, weights; /* I32, F32 [tokens, top_k], of experts_add */
+    struct mat order, slots; /* I32 [1, rows]: the token of each; I32 [tokens, top_k]: the rows of a token */
     struct mat gathered, gate_up; /* act [rows, hidden], [rows, 2·inner] */
     int32_t *host;                /* of chosen, order and slots */
     int64_t *starts;              /* [experts + 1], on the host */

@@ -18,7 +18,7 @@ struct forward {
     struct buf memory;
     struct mat x; /* [tokens, hidden], the residual stream */
     struct mat normed, branch, qkv, q, attention,
-        gate_up;                  /* [tokens, …], as wide as the widest layer needs */
+        gate_up; /* [tokens, …], as wide as the widest layer needs */
     struct experts_room experts;
     struct block_input input;     /* data NULL where layers have no inputs of their own */
     struct mat rope[GEMMA_KINDS]; /* [max_rows, head_dim] of global and sliding layers */

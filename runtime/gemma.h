@@ -60,7 +60,8 @@ struct gemma_config {
     int64_t vocab_size, hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads, head_dim;
     int64_t sliding_window, max_positions;
     int64_t ple_size; /* columns of a layer's own input (hidden_size_per_layer_input); 0 = none */
-    int64_t n_experts, top_k, expert_size; /* experts of a block, beside its MLP, of which each token takes top_k, and what
+    int64_t n_experts, top_k,
+        expert_size; /* experts of a block, beside its MLP, of which each token takes top_k, and what
                                               an expert's is wide; n_experts 0 = none */
     double rms_norm_eps;
     double query_pre_attn_scalar;            /* scores are divided by its root */

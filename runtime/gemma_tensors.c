@@ -103,8 +103,7 @@ int gemma_tensors(struct gemma_tensors *out, const struct gemma_config *c, const
     *out = (struct gemma_tensors){0};
     out->list = mem_alloc(OUTER_TENSORS +
                               (BLOCK_TENSORS + EXPERT_TENSORS * (size_t)c->n_experts) * (size_t)c->n_layers,
-                          sizeof *out->list,
-                          "the model's tensor list");
+                          sizeof *out->list, "the model's tensor list");
     int rc = out->list ? add_tensors(out, prefix, -1, -1, outer, OUTER_TENSORS - 1) : ERR_MEMORY;
     for (int layer = 0; !rc && layer < (int)c->n_layers; layer++)
         rc = add_block(out, c, prefix, layer);

@@ -64,8 +64,7 @@ static int add_parts(struct tensor *out, size_t *n, const struct tensor *whole, 
                                     .offset = at,
                                     .bytes = (uint64_t)(rows * whole->shape[2]) * dtype_bytes(whole->dtype),
                                     .file = whole->file};
-            part->name =
-                mem_printf("%.*s.%lld.%s.weight", length, whole->name, (long long)e, kind->parts[k]);
+            part->name = mem_printf("%.*s.%lld.%s.weight", length, whole->name, (long long)e, kind->parts[k]);
             if (!part->name)
                 return ERR_MEMORY;
             at += part->bytes;

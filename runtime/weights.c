@@ -364,7 +364,8 @@ static int load_expert_sets(struct loader *l, const struct model_linear *const *
     int rc = parts ? 0 : ERR_MEMORY;
     for (int i = 1; !rc && i < all; i++)
         if (!same_form(members[0], members[i]))
-            rc = err_set(ERR_UNSUPPORTED, "%s: '%s' and '%s' are stored in different ways, which is not supported for experts",
+            rc = err_set(ERR_UNSUPPORTED,
+                         "%s: '%s' and '%s' are stored in different ways, which is not supported for experts",
                          l->m->folder, members[0]->spec->name, members[i]->spec->name);
     if (!rc)
         rc = load_rows(l, members, all, &whole, parts);
@@ -540,7 +541,8 @@ int weights_open(struct weights *w, const struct model *m, const struct backend 
 {
     *w = (struct weights){.model = m, .backend = b, .config = m->gemma};
     w->blocks = mem_alloc((size_t)m->gemma.n_layers, sizeof *w->blocks, "the blocks");
-    w->experts = mem_alloc((size_t)(m->gemma.n_layers * m->gemma.n_experts), sizeof *w->experts, "the experts");
+    w->experts =
+        mem_alloc((size_t)(m->gemma.n_layers * m->gemma.n_experts), sizeof *w->experts, "the experts");
     w->loader = mem_alloc(1, sizeof *w->loader, "the loader");
     int rc = w->blocks && w->experts && w->loader ? make_inv_freq(w) : ERR_MEMORY;
     if (rc < 0) {

@@ -49,7 +49,8 @@ struct block {
     struct expert *experts; /* [n_experts] */
     struct mat router, router_scale,
         expert_scales; /* [experts, hidden], [1, hidden] of its inputs, [1, experts] of the experts' results */
-    struct mat pre_experts_norm, post_experts_norm, post_dense_norm; /* [1, hidden]; the last: of the MLP beside them */
+    struct mat pre_experts_norm, post_experts_norm,
+        post_dense_norm; /* [1, hidden]; the last: of the MLP beside them */
 };
 
 /* Where layers have inputs of their own; of layer i are columns [i·ple, …) of the table and such rows of the projection.
