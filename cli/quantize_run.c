@@ -380,13 +380,13 @@ static void put_blocks(const struct cut *cut, const struct watch *w, struct text
     json_end_array(out);
 }
 
-/* How many of the quantized experts the text sent fewer tokens than each should have. */
-static void put_experts(const struct cut *cut, struct text *out)
+/* How many of the quantized experts the text sent fewer tokens than each should have, for its Hessians. */
+static void put_experts(const struct cut *cut, const struct recipe *r, struct text *out)
 {
     size_t n;
     const struct cut_linear *l = cut_linears(cut, &n);
     int64_t n_experts = 0, starved = 0;
-    if (!cut_data(cut))
+    if (!r->calibrated || (r->tune.iterations && r->tune.init == TUNE_FROM_NONE))
         return;
     const int64_t floor = capture_expert_floor(&cut_source(cut)->gemma, cut_data(cut));
     for (size_t i = 0; i < n; i++)
@@ -430,7 +430,7 @@ static void result_json(const struct cut *cut, const struct quantize_job *a, con
         json_end_object(out);
     }
     json_end_array(out);
-    put_experts(cut, out);
+    put_experts(cut, recipe, out);
     put_blocks(cut, w, out);
     if (cut_data(cut))
         put_times(cut_seconds(cut), out);
