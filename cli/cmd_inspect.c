@@ -101,6 +101,9 @@ static void describe_layers(const struct model *m, struct text *out)
         "sizes         hidden %lld, MLP %lld, %lld heads and %lld key/value heads of %lld, vocabulary %lld\n",
         (long long)g->hidden_size, (long long)g->intermediate_size, (long long)g->n_heads,
         (long long)g->n_kv_heads, (long long)g->head_dim, (long long)g->vocab_size);
+    if (g->n_experts)
+        text_printf(out, "experts       %lld in a layer beside the MLP, each %lld wide; %lld for a token\n",
+                    (long long)g->n_experts, (long long)g->expert_size, (long long)g->top_k);
     if (g->family->varied)
         text_printf(out,
                     "layers        global ones have heads of %lld, %lld read another's keys and values, %lld "
@@ -238,6 +241,11 @@ static void put_architecture(const struct model *m, struct text *out)
     if (g->family->varied) {
         json_kv_int(out, "global_head_dim", g->rope_dim[GEMMA_GLOBAL]);
         json_kv_int(out, "hidden_size_per_layer_input", g->ple_size);
+    }
+    if (g->n_experts) {
+        json_kv_int(out, "num_experts", g->n_experts);
+        json_kv_int(out, "top_k_experts", g->top_k);
+        json_kv_int(out, "moe_intermediate_size", g->expert_size);
     }
     json_kv_int(out, "vocab_size", g->vocab_size);
     json_kv_int(out, "sliding_window", g->sliding_window);

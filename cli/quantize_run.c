@@ -7,6 +7,7 @@
 #include "cli/human.h"
 #include "cli/output.h"
 #include "cli/progress.h"
+#include "quantize/capture.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -24,20 +25,45 @@ static void describe_scheme(struct quant_scheme s, struct text *out)
 
 /* --- the plan ------------------------------------------------------------------------------------------------- */
 
-/* Linears that the recipe's own scheme does not cover, counted by what happens to them instead. */
+/* How many linears of the plan from i on one line speaks of: all of a layer's experts, which are decided alike; else 1. */
+static size_t line_linears(const struct recipe_plan *plan, size_t i)
+{
+    const struct gemma_tensor *first = plan->linears[i].tensor;
+    size_t n = 1;
+    while (first->expert >= 0 && i + n < plan->n && plan->linears[i + n].tensor->expert >= 0 &&
+           plan->linears[i + n].tensor->layer == first->layer)
+        n++;
+    return n;
+}
+
+/* A linear's name, or of experts the glob for all of a layer's. */
+static void put_line_name(struct human_table *table, const struct gemma_tensor *t)
+{
+    static const char last[] = ".experts.";
+    const char *experts = t->expert >= 0 ? strstr(t->name, last) : NULL;
+    if (experts)
+        human_table_cell(table, "%.*s*", (int)(experts - t->name + (ptrdiff_t)strlen(last)), t->name);
+    else
+        human_table_cell(table, "%s", t->name);
+}
+
+/* Linears that the recipe's own scheme does not cover, and what happens to them instead. */
 static int describe_exceptions(const struct cut *cut, struct text *out)
 {
     const struct recipe_plan *plan = cut_plan(cut);
-    static const struct human_column columns[] = {{"linear", false}, {"instead", false}, {"why", false}};
-    struct human_table table = {.columns = columns, .n_columns = 3};
-    for (size_t i = 0; i < plan->n; i++) {
+    static const struct human_column columns[] = {
+        {"linear", false}, {"count", true}, {"instead", false}, {"why", false}};
+    struct human_table table = {.columns = columns, .n_columns = 4};
+    for (size_t i = 0, n; i < plan->n; i += n) {
         const struct linear_plan *l = &plan->linears[i];
         struct text scheme = {0};
+        n = line_linears(plan, i);
         if (!l->why)
             continue;
         if (l->quantized)
             describe_scheme(l->scheme, &scheme);
-        human_table_cell(&table, "%s", l->tensor->name);
+        put_line_name(&table, l->tensor);
+        human_table_cell(&table, "%zu", n);
         human_table_cell(&table, "%s", l->quantized && scheme.data ? scheme.data : "16 bits");
         human_table_cell(&table, "%s", l->why);
         text_free(&scheme);
@@ -113,13 +139,22 @@ struct tuned_block {
     double seconds, *losses; /* [recipe.tune.iterations]; NULL: an earlier run has tuned it */
 };
 
+/* One projection of a layer's experts: errors of those that are done. */
+struct expert_errors {
+    int n, worst_expert;
+    double sum, nearest, worst;
+};
+
 /* Which kind of progress there is, and what it has left. */
 struct watch {
     enum cut_stage stage;
     const struct recipe *recipe;
     struct tuned_block *blocks; /* [n_blocks] */
     int n_blocks;
+    struct expert_errors *experts; /* [n_blocks, N_PROJECTIONS] */
+    int n_experts;
 };
+enum { N_PROJECTIONS = 3 }; /* gate, up, down */
 
 static void on_stage(void *ctx, enum cut_stage stage, uint64_t total)
 {
@@ -137,18 +172,51 @@ static void on_bytes(void *ctx, uint64_t bytes)
     progress_advance(bytes, NULL);
 }
 
+static void print_experts(const struct watch *w, int layer, int projection)
+{
+    static const char *const names[N_PROJECTIONS] = {"gate_proj", "up_proj", "down_proj"};
+    const struct expert_errors *e = &w->experts[layer * N_PROJECTIONS + projection];
+    const bool calibrated = w->recipe->calibrated && !w->recipe->tune.iterations;
+    char nearest[64] = "";
+    if (calibrated)
+        snprintf(nearest, sizeof nearest, ", nearest codes %.4f", e->nearest / e->n);
+    output_detail("layer %d, %s of %d experts: %serror %.4f, worst %.4f (expert %d)%s", layer,
+                  names[projection], e->n, calibrated ? "output " : "", e->sum / e->n, e->worst,
+                  e->worst_expert, nearest);
+}
+
+/* Experts come in any order, and a line for each would be thousands: one when the last of a layer's is there. */
+static void count_expert(const struct watch *w, const struct gemma_tensor *t, double error, double nearest)
+{
+    const int projection = t->role == GEMMA_GATE ? 0 : t->role == GEMMA_UP ? 1 : 2;
+    struct expert_errors *e = &w->experts[t->layer * N_PROJECTIONS + projection];
+    if (!e->n || error > e->worst) {
+        e->worst = error;
+        e->worst_expert = t->expert;
+    }
+    e->sum += error;
+    e->nearest += nearest;
+    if (++e->n == w->n_experts)
+        print_experts(w, t->layer, projection);
+}
+
 static void on_linear(void *ctx, const struct cut_linear *l)
 {
     const struct watch *w = ctx;
-    const bool tuned = w->recipe->tune.iterations > 0;
+    const bool outputs = w->recipe->calibrated && !w->recipe->tune.iterations;
+    const double error = outputs ? sqrt(fmax(l->stats.error, 0)) : l->error,
+                 nearest = sqrt(fmax(l->stats.nearest_error, 0));
     char text[256];
-    if (w->recipe->calibrated && !tuned)
-        snprintf(text, sizeof text, "%s output error %.4f, nearest codes %.4f", l->plan->tensor->name,
-                 sqrt(fmax(l->stats.error, 0)), sqrt(fmax(l->stats.nearest_error, 0)));
+    if (outputs)
+        snprintf(text, sizeof text, "%s output error %.4f, nearest codes %.4f", l->plan->tensor->name, error,
+                 nearest);
     else
-        snprintf(text, sizeof text, "%s error %.4f", l->plan->tensor->name, l->error);
+        snprintf(text, sizeof text, "%s error %.4f", l->plan->tensor->name, error);
     progress_advance(w->recipe->calibrated, text);
-    output_detail("%s", text);
+    if (l->plan->tensor->expert >= 0)
+        count_expert(w, l->plan->tensor, error, nearest);
+    else
+        output_detail("%s", text);
 }
 
 /* The losses as a row of bars, each the mean of its share of them, from nothing to the largest. */
@@ -312,6 +380,30 @@ static void put_blocks(const struct cut *cut, const struct watch *w, struct text
     json_end_array(out);
 }
 
+/* How many of the quantized experts the text sent fewer tokens than each should have, for its Hessians. */
+static void put_experts(const struct cut *cut, const struct recipe *r, struct text *out)
+{
+    size_t n;
+    const struct cut_linear *l = cut_linears(cut, &n);
+    int64_t n_experts = 0, starved = 0;
+    if (!r->calibrated || (r->tune.iterations && r->tune.init == TUNE_FROM_NONE))
+        return;
+    const int64_t floor = capture_expert_floor(&cut_source(cut)->gemma, cut_data(cut));
+    for (size_t i = 0; i < n; i++)
+        if (l[i].plan->tensor->expert >= 0 && l[i].plan->tensor->role == GEMMA_DOWN) {
+            n_experts++;
+            starved += l[i].stats.n_tokens < floor;
+        }
+    if (!n_experts)
+        return;
+    json_put_key(out, "experts");
+    json_begin_object(out);
+    json_kv_int(out, "n", n_experts);
+    json_kv_int(out, "token_floor", floor);
+    json_kv_int(out, "starved", starved);
+    json_end_object(out);
+}
+
 static void result_json(const struct cut *cut, const struct quantize_job *a, const struct watch *w,
                         double seconds, struct text *out)
 {
@@ -338,6 +430,7 @@ static void result_json(const struct cut *cut, const struct quantize_job *a, con
         json_end_object(out);
     }
     json_end_array(out);
+    put_experts(cut, recipe, out);
     put_blocks(cut, w, out);
     if (cut_data(cut))
         put_times(cut_seconds(cut), out);
@@ -395,20 +488,21 @@ static int report(const struct cut *cut, const struct quantize_job *a, const str
 
 static int run(struct cut *cut, const struct quantize_job *a)
 {
-    struct watch watch = {.recipe = a->recipe, .n_blocks = (int)cut_source(cut)->gemma.n_layers};
+    const struct gemma_config *g = &cut_source(cut)->gemma;
+    struct watch watch = {.recipe = a->recipe, .n_blocks = (int)g->n_layers, .n_experts = (int)g->n_experts};
     const struct cut_events events = {on_stage, on_bytes, on_linear, on_block, &watch};
     watch.blocks = mem_alloc((size_t)watch.n_blocks, sizeof *watch.blocks, "blocks");
-    if (!watch.blocks)
-        return ERR_MEMORY;
+    watch.experts = mem_alloc((size_t)watch.n_blocks * N_PROJECTIONS, sizeof *watch.experts, "blocks");
     const double start = clock_seconds();
-    int rc = cut_run(cut, &events);
+    int rc = watch.blocks && watch.experts ? cut_run(cut, &events) : ERR_MEMORY;
     const double seconds = clock_seconds() - start;
     progress_end();
     if (!rc)
         rc = report(cut, a, &watch, seconds);
-    for (int i = 0; i < watch.n_blocks; i++)
+    for (int i = 0; watch.blocks && i < watch.n_blocks; i++)
         free(watch.blocks[i].losses);
     free(watch.blocks);
+    free(watch.experts);
     return rc;
 }
 

@@ -4,8 +4,6 @@
 #include "base/mem.h"
 #include "formats/quant_gptq.h"
 
-#include <ctype.h>
-#include <regex.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -227,53 +225,7 @@ int quant_config_read(struct quant_config *out, struct json q)
     return rc;
 }
 
-/* --- matching ------------------------------------------------------------------------------------------------- */
-
-/* How a pattern is tried: readers look for exact names first, then expressions, then class names. */
-enum match_kind { MATCH_NAME, MATCH_REGEX, MATCH_CLASS };
-
-/* Whether POSIX extended syntax would read a pattern otherwise than Python does, or glibc might not compile it in
- * bounded memory: it copies the operand of every '+', so that each nested one doubles it, and it recurses into
- * parentheses. */
-static bool is_beyond_posix(const char *pattern)
-{
-    const size_t max_plus = 8, max_open = 64;
-    size_t n_plus = 0, n_open = 0;
-    if (strstr(pattern, "(?") || strchr(pattern, '{'))
-        return true;
-    for (const char *s = pattern; *s; s++) {
-        if (*s == '\\') {
-            if (isalnum((unsigned char)s[1])) /* \d, \w, \1 */
-                return true;
-            s += s[1] != '\0';
-            continue;
-        }
-        if (strchr("*+?", *s) && s[1] && strchr("*+?", s[1])) /* lazy and possessive ones */
-            return true;
-        n_plus += *s == '+';
-        n_open += *s == '(';
-    }
-    return n_plus > max_plus || n_open > max_open;
-}
-
-/* Python's re.match is anchored at the start only. POSIX extended syntax covers what such lists contain; a
- * pattern with other constructs is reported, not guessed. */
-static int match_regex(const char *pattern, const char *module)
-{
-    if (is_beyond_posix(pattern))
-        return err_set(ERR_UNSUPPORTED, "cannot evaluate the pattern 're:%s'", pattern);
-    char *anchored = mem_printf("^(%s)", pattern);
-    regex_t re;
-    if (!anchored)
-        return ERR_MEMORY;
-    const int failed = regcomp(&re, anchored, REG_EXTENDED | REG_NOSUB);
-    free(anchored);
-    if (failed)
-        return err_set(ERR_FORMAT, "'re:%s' is not a regular expression", pattern);
-    const int matches = regexec(&re, module, 0, NULL, 0) == 0;
-    regfree(&re);
-    return matches;
-}
+/* --- names and shapes -------------------------------------------------------------------------------------------- */
 
 const char *quant_inner_name(const char *name)
 {
@@ -287,47 +239,6 @@ const char *quant_inner_name(const char *name)
         }
     return name;
 }
-
-static int match_one(const char *pattern, enum match_kind kind, const char *module)
-{
-    if (!strncmp(pattern, "re:", 3))
-        return kind == MATCH_REGEX ? match_regex(pattern + 3, module) : 0;
-    if (strchr(pattern, '.'))
-        return kind == MATCH_NAME && !strcmp(quant_inner_name(pattern), quant_inner_name(module));
-    return kind == MATCH_CLASS ? !strcmp(pattern, "Linear") : kind == MATCH_NAME && !strcmp(pattern, module);
-}
-
-static bool is_inside(const struct quant_config *cfg, const char *module)
-{
-    bool inside = !cfg->n_inside;
-    for (size_t i = 0; !inside && i < cfg->n_inside; i++)
-        inside = text_ends_with(module, cfg->inside[i]);
-    return inside;
-}
-
-int quant_config_match(const struct quant_config *cfg, const char *module, struct quant_scheme *scheme)
-{
-    if (!is_inside(cfg, module))
-        return 0;
-    for (int kind = MATCH_NAME; kind <= MATCH_CLASS; kind++)
-        for (size_t i = 0; i < cfg->n_ignore; i++) {
-            const int rc = match_one(cfg->ignore[i], (enum match_kind)kind, module);
-            if (rc)
-                return rc < 0 ? rc : 0;
-        }
-    for (int kind = MATCH_NAME; kind <= MATCH_CLASS; kind++)
-        for (size_t g = 0; g < cfg->n_groups; g++)
-            for (size_t i = 0; i < cfg->groups[g].n_targets; i++) {
-                const int rc = match_one(cfg->groups[g].targets[i], (enum match_kind)kind, module);
-                if (rc > 0)
-                    *scheme = cfg->groups[g].scheme;
-                if (rc)
-                    return rc;
-            }
-    return 0;
-}
-
-/* --- shapes --------------------------------------------------------------------------------------------------- */
 
 int64_t quant_packed_cols(struct quant_scheme s, int64_t cols)
 {

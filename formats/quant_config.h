@@ -73,7 +73,7 @@ int quant_config_read(struct quant_config *out, struct json quantization);
 
 /* Which group a Linear module gets. Priority: ignore, then exact name, regex, class. 1 and *scheme when it is
  * quantized, 0 when it is not, negative when a pattern cannot be evaluated. Exact names are compared without the levels
- * "model" and "language_model" in front, which differ between a model on disk and in memory. */
+ * "model" and "language_model" in front, which differ between a model on disk and in memory. Of one module; for many, quant_match.h. */
 int quant_config_match(const struct quant_config *cfg, const char *module, struct quant_scheme *scheme);
 
 /* A module's name from there on. */

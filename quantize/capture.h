@@ -43,7 +43,8 @@ int capture_inputs(struct capture *c, int layer, enum gemma_fused set, const str
 
 /* Of a block with experts, when its other sets are done: sends all tokens to them. Then, for the gate and up of the experts
  * [first, first + n), or for their down, adds the inputs of each to its Hessian; h: one below the other. An expert that fewer
- * than a floor of tokens were sent to is given others, evenly from all the text, up to that. */
+ * than a floor of tokens were sent to is given others, evenly from all the rest of the text, up to that; where tokens are
+ * left out, up to its share of those that are not. */
 int capture_route(struct capture *c, int layer);
 int capture_expert_inputs(struct capture *c, int layer, enum gemma_fused set, int first, int n,
                           const struct mat *h);

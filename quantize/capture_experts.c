@@ -34,6 +34,11 @@ void routes_lay_out(struct capture *c, void *base, uint64_t *at, const struct ge
     experts_lay_out(&r->room, base, at, g, act, rows, rows * g->top_k + r->max_extra);
 }
 
+static bool left_out(const struct capture *c, int64_t token)
+{
+    return c->skip_id >= 0 && c->data->ids[token] == c->skip_id;
+}
+
 int routes_open(struct capture *c)
 {
     struct routes *r = &c->routes;
@@ -46,8 +51,11 @@ int routes_open(struct capture *c)
     r->picked = mem_alloc((size_t)(r->room.max_tokens * g->top_k), sizeof *r->picked, "tokens' experts");
     r->counts = mem_alloc((size_t)g->n_experts, sizeof *r->counts, "tokens' experts");
     r->extra = mem_alloc((size_t)r->max_extra, sizeof *r->extra, "tokens' experts");
-    if (!r->host || !r->picked || !r->counts || !r->extra)
+    r->passed = mem_alloc((size_t)g->n_experts, sizeof *r->passed, "tokens' experts");
+    if (!r->host || !r->picked || !r->counts || !r->extra || !r->passed)
         return ERR_MEMORY;
+    for (int64_t i = 0; i < c->data->samples * c->data->length; i++)
+        r->n_kept += !left_out(c, i);
     return experts_open(&r->room, g);
 }
 
@@ -58,14 +66,10 @@ void routes_close(struct routes *r)
     free(r->picked);
     free(r->counts);
     free(r->extra);
+    free(r->passed);
 }
 
 /* --- the router ------------------------------------------------------------------------------------------------- */
-
-static bool left_out(const struct capture *c, int64_t token)
-{
-    return c->skip_id >= 0 && c->data->ids[token] == c->skip_id;
-}
 
 /* The residual stream of a batch, with attention's branch, on the device. */
 static int fetch(const struct capture *c, const struct token_batch *t, struct mat *x)
@@ -108,24 +112,48 @@ int64_t capture_expert_tokens(const struct capture *c, int expert)
 /* Tokens count alike: by what the router gives an expert for them, or by its square, makes no difference (KL of a tiny
  * mixture 0.0310 and 0.0315, each ± 0.0006). */
 
-/* The rows of a batch that experts [first, first + n) are calibrated on. */
+static bool is_sent(const struct routes *r, int64_t token, int expert)
+{
+    const int32_t *chosen = r->host + token * r->chosen.cols;
+    bool sent = false;
+    for (int64_t i = 0; !sent && i < r->chosen.cols; i++)
+        sent = chosen[i] == expert;
+    return sent;
+}
+
+/* The rows of a batch that an expert is given although they are not sent there, when it is starved: of all such rows of the
+ * text that are not left out, evenly many. At most the share of them that the floor is of the whole text, so that a batch
+ * never has more than there is room for. */
+static void pick_extra(const struct capture *c, const struct token_batch *t, int expert,
+                       struct expert_tokens *out)
+{
+    const struct routes *r = &c->routes;
+    const int64_t tokens = r->chosen.rows, floor = capture_expert_floor(&c->w->config, c->data),
+                  others = r->n_kept - r->counts[expert], most = others * floor / tokens;
+    int64_t missing = floor - r->counts[expert];
+    missing = missing < most ? missing : most;
+    for (int64_t i = t->first_row; missing > 0 && i < t->first_row + t->rows; i++) {
+        if (left_out(c, i) || is_sent(r, i, expert))
+            continue;
+        const int64_t before = r->passed[expert]++;
+        if ((before + 1) * missing / others > before * missing / others)
+            r->extra[out->n_extra++] = (struct extra_row){expert, (int32_t)(i - t->first_row)};
+    }
+}
+
+/* The rows of a batch that experts [first, first + n) are calibrated on; batches come in order. */
 static struct expert_tokens pick_tokens(const struct capture *c, const struct token_batch *t, int first,
                                         int n)
 {
     const struct routes *r = &c->routes;
     const int k = c->w->blocks[r->layer].top_k;
-    const int64_t tokens = r->chosen.rows, floor = capture_expert_floor(&c->w->config, c->data);
     struct expert_tokens out = {.n = t->rows, .chosen = r->picked, .extra = r->extra};
     for (int64_t i = 0; i < t->rows * k; i++) {
         const int e = r->host[t->first_row * k + i];
         r->picked[i] = e < first || e >= first + n || left_out(c, t->first_row + i / k) ? -1 : e;
     }
-    for (int e = first; e < first + n; e++) {
-        const int64_t missing = floor - r->counts[e];
-        for (int64_t i = t->first_row; missing > 0 && i < t->first_row + t->rows; i++)
-            if ((i + 1) * missing / tokens > i * missing / tokens && !left_out(c, i))
-                r->extra[out.n_extra++] = (struct extra_row){e, (int32_t)(i - t->first_row)};
-    }
+    for (int e = first; e < first + n; e++)
+        pick_extra(c, t, e, &out);
     return out;
 }
 
@@ -136,6 +164,7 @@ int capture_expert_inputs(struct capture *c, int layer, enum gemma_fused set, in
     const struct backend *b = c->w->backend;
     int rc = 0;
     CHECK(c->routes.layer == layer);
+    memset(c->routes.passed, 0, (size_t)c->w->config.n_experts * sizeof *c->routes.passed);
     for (struct token_batch t = {0}; !rc && capture_next_batch(c, &t);) {
         const struct expert_tokens tokens = pick_tokens(c, &t, first, n);
         struct mat x;

@@ -17,6 +17,8 @@ struct routes {
     int64_t *counts;            /* [experts]: tokens that were sent to it, but for those that are left out */
     struct extra_row *extra;    /* of a batch */
     int64_t max_extra;
+    int64_t n_kept;  /* tokens of the text, but for those that are left out */
+    int64_t *passed; /* [experts]: tokens of the batches before that could have been extra ones */
 };
 
 struct capture {

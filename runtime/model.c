@@ -2,6 +2,7 @@
 
 #include "base/err.h"
 #include "base/mem.h"
+#include "formats/quant_match.h"
 #include "runtime/packed.h"
 
 #include <stdio.h>
@@ -82,6 +83,7 @@ void model_close(struct model *m)
 
 struct binding {
     struct model *m;
+    struct quant_matcher *matcher; /* when quantized */
     model_problem on_problem;
     void *ctx;
 };
@@ -218,7 +220,7 @@ static int bind_linear(const struct binding *b, struct model_linear *l)
     char *module = gemma_module(l->spec);
     if (!module)
         return ERR_MEMORY;
-    int rc = b->m->quantized ? quant_config_match(&b->m->quant, module, &l->scheme) : 0;
+    int rc = b->matcher ? quant_matcher_find(b->matcher, module, &l->scheme) : 0;
     if (rc > 0) {
         l->quantized = true;
         rc = bind_packed(b, l, module);
@@ -245,9 +247,11 @@ static int bind_plain(const struct binding *b, const struct gemma_tensor *spec)
 
 int model_bind(struct model *m, model_problem on_problem, void *ctx)
 {
-    const struct binding b = {m, on_problem, ctx};
+    struct binding b = {.m = m, .on_problem = on_problem, .ctx = ctx};
     m->linears = mem_alloc(m->tensors.n, sizeof *m->linears, "the model's linears");
     int rc = m->linears ? 0 : ERR_MEMORY;
+    if (!rc && m->quantized)
+        rc = quant_matcher_open(&b.matcher, &m->quant);
     for (size_t i = 0; !rc && i < m->tensors.n; i++) {
         const struct gemma_tensor *spec = &m->tensors.list[i];
         if (!gemma_is_linear(spec->role)) {
@@ -257,6 +261,7 @@ int model_bind(struct model *m, model_problem on_problem, void *ctx)
         m->linears[m->n_linears].spec = spec;
         rc = bind_linear(&b, &m->linears[m->n_linears++]);
     }
+    quant_matcher_close(b.matcher);
     return rc;
 }
 

@@ -3,6 +3,7 @@ header, tensors or settings, and writing it again, well-formed or not."""
 import array
 import copy
 import json
+import math
 import pathlib
 import shutil
 import struct
@@ -81,6 +82,59 @@ def pack(m, names):
         header[name] = m.header[name] | {"data_offsets": [len(data), len(data) + end - begin]}
         data += m.data[begin:end]
     m.header, m.data = header, data
+
+
+# --- a mixture of experts ---
+
+def mixture_shapes(c):
+    """{name: shape} of the language model that the settings describe"""
+    h, heads, kv = c["hidden_size"], c["num_attention_heads"] * c["head_dim"], c["num_key_value_heads"] * c["head_dim"]
+    shapes = {"model.embed_tokens.weight": [c["vocab_size"], h], "model.norm.weight": [h]}
+
+    def mlp(module, width):
+        for name, shape in (("gate", [width, h]), ("up", [width, h]), ("down", [h, width])):
+            shapes[f"{module}.{name}_proj.weight"] = shape
+    for i in range(c["num_hidden_layers"]):
+        block = f"model.layers.{i}"
+        for name in ("input", "post_attention", "pre_feedforward", "pre_feedforward_2", "post_feedforward",
+                     "post_feedforward_1", "post_feedforward_2"):
+            word, number = (name[:-2], name[-2:]) if name[-1].isdigit() else (name, "")
+            shapes[f"{block}.{word}_layernorm{number}.weight"] = [h]
+        for name, shape in (("q", [heads, h]), ("k", [kv, h]), ("v", [kv, h]), ("o", [h, heads])):
+            shapes[f"{block}.self_attn.{name}_proj.weight"] = shape
+        for name in "qk":
+            shapes[f"{block}.self_attn.{name}_norm.weight"] = [c["head_dim"]]
+        shapes |= {f"{block}.layer_scalar": [1], f"{block}.router.proj.weight": [c["num_experts"], h],
+                   f"{block}.router.scale": [h], f"{block}.router.per_expert_scale": [c["num_experts"]]}
+        mlp(f"{block}.mlp", c["intermediate_size"])
+        for e in range(c["num_experts"]):
+            mlp(f"{block}.experts.{e}", c["moe_intermediate_size"])
+    return shapes
+
+
+def mixture(folder, rng, layers, experts, top, width, hidden):
+    """Puts a small Gemma 4 with random weights in the place of a folder's model; the tokenizer stays."""
+    vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
+    c = {"architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", "dtype": "bfloat16", "vocab_size": vocab,
+         "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "hidden_size": hidden, "intermediate_size": 128,
+         "hidden_activation": "gelu_pytorch_tanh", "num_hidden_layers": layers, "num_attention_heads": 2,
+         "num_key_value_heads": 1, "head_dim": 64, "global_head_dim": 64, "sliding_window": 64,
+         "layer_types": ["sliding_attention"] * (layers - 1) + ["full_attention"],
+         "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "max_position_embeddings": 256,
+         "enable_moe_block": True, "num_experts": experts, "top_k_experts": top, "moe_intermediate_size": width,
+         "tie_word_embeddings": True, "rms_norm_eps": 1e-6,
+         "rope_parameters": {"full_attention": {"rope_theta": 1e6, "rope_type": "default"},
+                             "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"}}}
+    header, data = {}, bytearray()
+    for name, shape in mixture_shapes(c).items():
+        n = math.prod(shape)
+        values = [rng.gauss(0, shape[-1] ** -0.5) for _ in range(n)] if len(shape) == 2 else [1] * n
+        words = array.array("H", (w >> 16 for w in array.array("I", array.array("f", values).tobytes())))
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [len(data), len(data) + 2 * n]}
+        data += words.tobytes()
+    head = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + data)
+    (folder / "config.json").write_text(json.dumps(c))
 
 
 # --- random damage ---

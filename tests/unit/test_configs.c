@@ -1,6 +1,6 @@
 /* config.json spliced without disturbing a byte, and quantization_config written, read back and matched. */
 #include "formats/hf_config.h"
-#include "formats/quant_config.h"
+#include "formats/quant_match.h"
 #include "tests/unit/support.h"
 
 /* --- config.json ---------------------------------------------------------------------------------------------- */
@@ -259,6 +259,38 @@ static void test_patterns(void **state)
     quant_config_free(&cfg);
 }
 
+/* Of many modules each gets what it gets alone, whatever was asked before it; the first group that names one counts. */
+static void test_many_modules(void **state)
+{
+    (void)state;
+    enum { LAYERS = 30, EXPERTS = 40 };
+    struct quant_config cfg = {0};
+    struct quant_matcher *m;
+    char name[64];
+    add_group(&cfg, (struct quant_scheme){4, true, 128}, "Linear");
+    add_group(&cfg, (struct quant_scheme){8, true, 0}, "re:.*experts\\.[0-9]*[05]\\.up$");
+    add_group(&cfg, (struct quant_scheme){8, true, 64}, "model.layers.7.experts.10.up");
+    add_group(&cfg, (struct quant_scheme){4, false, 32}, "language_model.layers.7.experts.10.up");
+    for (int e = 0; e < EXPERTS; e++) {
+        snprintf(name, sizeof name, "model.layers.3.experts.%d.up", e);
+        assert_ok(quant_config_add(&cfg.ignore, &cfg.n_ignore, name));
+    }
+    assert_ok(quant_config_add(&cfg.ignore, &cfg.n_ignore, "re:.*layers\\.(5|15)\\."));
+    assert_ok(quant_matcher_open(&m, &cfg));
+    for (int i = 0; i < 2 * LAYERS * EXPERTS; i++) {
+        struct quant_scheme s = {0};
+        const int layer = i % LAYERS, e = i / LAYERS % EXPERTS;
+        snprintf(name, sizeof name, "model.layers.%d.experts.%d.up", layer, e);
+        const int rc = quant_matcher_find(m, name, &s);
+        assert_int_equal(rc, layer != 3 && layer != 5 && layer != 15);
+        if (rc)
+            assert_true(s.group == (layer == 7 && e == 10 ? 64 : e % 5 ? 128 : 0));
+        check_match(&cfg, name, rc, s);
+    }
+    quant_matcher_close(m);
+    quant_config_free(&cfg);
+}
+
 static void test_shapes(void **state)
 {
     (void)state;
@@ -282,6 +314,7 @@ int main(void)
         cmocka_unit_test(test_quant_config_keys),
         cmocka_unit_test(test_quant_config_refused),
         cmocka_unit_test(test_patterns),
+        cmocka_unit_test(test_many_modules),
         cmocka_unit_test(test_shapes),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

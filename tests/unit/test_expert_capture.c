@@ -54,16 +54,20 @@ static void add_token(const struct expected *e, enum gemma_fused set, int expert
             h[i * cols + k] += x[i] * x[k];
 }
 
-/* The tokens that are sent to it, and where they are fewer than hidden, as many more from all the text as are missing,
- * the k-th of m behind k/m of it. */
+/* The tokens that are sent to it, and where they are fewer than hidden, others: of the rest, without what is left out, as
+ * many as are missing, but no larger share than hidden is of the text; the k-th of m behind k/m of the rest. */
 static void expect_hessian(const struct expected *e, enum gemma_fused set, int expert, double *h)
 {
-    const int64_t missing = HIDDEN - e->counts[expert];
+    int64_t rest[TOKENS], n = 0, missing = HIDDEN - e->counts[expert];
     for (int64_t t = 0; t < TOKENS; t++)
         if (is_sent(e, t, expert))
             add_token(e, set, expert, t, h);
+        else if (!is_left_out(e, t))
+            rest[n++] = t;
+    if (missing > n * HIDDEN / TOKENS)
+        missing = n * HIDDEN / TOKENS;
     for (int64_t k = 1; k <= missing; k++)
-        add_token(e, set, expert, (k * TOKENS + missing - 1) / missing - 1, h);
+        add_token(e, set, expert, rest[(k * n + missing - 1) / missing - 1], h);
 }
 
 static double distance(const double *a, const double *b, int64_t n)
@@ -184,7 +188,7 @@ static void check_stream(struct outcome *o, const struct capture *c, const struc
     }
 }
 
-/* Batches of two samples: the last one is shorter. */
+/* Batches of one sample, or of two: the last one is shorter. */
 static void check_capture(struct margins *g, struct outcome *streams, int32_t skip_id, bool on_host)
 {
     const struct dataset data = {.samples = SAMPLES, .length = LENGTH, .ids = (int32_t *)mixture_ids()};
@@ -194,7 +198,8 @@ static void check_capture(struct margins *g, struct outcome *streams, int32_t sk
     struct capture *c;
     struct capture_plan plan;
     struct work_clock clock;
-    b.batch_tokens = 2 * LENGTH;
+    const int batch = on_host ? 1 : 2;
+    b.batch_tokens = batch * LENGTH;
     b.host_memory = false;
     work_begin(&clock, NULL);
     assert_ok(model_open(&m, cutting_model("plain", mixture)));
@@ -204,7 +209,7 @@ static void check_capture(struct margins *g, struct outcome *streams, int32_t sk
     struct walk k = walk_open(&w, data.ids);
     weights_unload_part(&w, WEIGHTS_OUTER);
     assert_ok(capture_plan(&plan, &m.gemma, &b, &data, false, on_host ? 0 : UINT64_MAX));
-    assert_true(plan.batch == 2 && plan.states_on_host == on_host);
+    assert_true(plan.batch == batch && plan.states_on_host == on_host);
     assert_int_equal(capture_expert_floor(&m.gemma, &data), HIDDEN);
     assert_ok(capture_open(&c, &w, &data, &plan, skip_id, &clock));
     for (int layer = 0; layer < LAYERS; layer++) {
