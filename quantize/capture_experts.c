@@ -149,7 +149,7 @@ int capture_expert_inputs(struct capture *c, int layer, enum gemma_fused set, in
         if (!rc)
             rc = work_spent(c->clock, b, WORK_FORWARD);
         for (int e = first; !rc && e < first + n; e++) {
-            const struct mat rows = set == FUSED_DOWN ? experts_inner_rows(c->w, layer, room, e)
+            const struct mat rows = set == FUSED_DOWN ? experts_inner_rows(room, e)
                                                       : experts_input_rows(room, e),
                              own = mat_rows(h, (e - first) * h->cols, h->cols);
             if (rows.rows)
