@@ -178,8 +178,7 @@ static int make_start(const struct tuning_run *r, int layer)
         const int n = set_quantized(&s) ? set_pieces(&s, l, pieces) : 0;
         for (int i = 0; !rc && i < n; i++) {
             const struct mat *w = &pieces[i].linear->weight;
-            struct tuned_weight start =
-                tuner_weight(r->tuner, (enum gemma_fused)k, pieces[i].row, pieces[i].rows);
+            struct tuned_weight start = tuner_weight(r->tuner, &s, pieces[i].row, pieces[i].rows);
             rc = r->b.quant->find_scales(&r->b, w, &range, &start.q);
             if (!rc)
                 rc = r->b.quant->round_codes(&r->b, &(struct rounding){w, &start.q, &start.codes});

@@ -167,6 +167,8 @@ int routes_join(struct step *s)
 {
     struct capture *c = s->c;
     struct routes *r = &c->routes;
+    if (s->alone) /* tokens go where this stream sends them */
+        return experts_add(c->w, s->layer, &r->room, &s->x, &s->branch);
     const struct mat weights = mat_rows(&r->weights, s->batch->first_row, s->batch->rows);
     const int64_t first = s->batch->first_row * weights.cols;
     CHECK(r->layer == s->layer);

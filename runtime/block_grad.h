@@ -44,10 +44,6 @@ uint64_t block_tape_bytes(const struct gemma_config *c, enum dtype act, int64_t 
 /* t->x to t->out. */
 int block_grad_forward(const struct weights *w, int layer, struct block_tape *t);
 
-/* A block's sets of linears: those of enum gemma_fused; then, each one below the other, the gates and ups of all experts and
- * their downs. */
-enum { SET_EXPERTS_GATE_UP = N_FUSED, SET_EXPERTS_DOWN, N_BLOCK_SETS };
-
 /* Gradients by the weights of each set of linears, F32 [rows of the set, cols], data NULL: not wanted. */
 struct block_grads {
     struct mat sets[N_BLOCK_SETS];
