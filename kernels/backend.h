@@ -243,7 +243,7 @@ struct core_ops {
     int (*gemm)(const struct backend *b, const struct mat *x, const struct mat *w, const struct mat *out);
     int (*q_gemm)(const struct backend *b, const struct mat *x, const struct qmat *w, const struct mat *out);
     /* out F32 [n, cols] = (add ? out : 0) + alpha·x [n, k]·m [k, cols], whatever the activation type: accurate to 2⁻¹⁶
-     * of the operands or better. x: BF16, F16, F32 or I8; m: F32. */
+     * of the operands or better. x: BF16, F16, F32 or I8; m: F32, or where x is BF16 also BF16. */
     int (*matmul)(const struct backend *b, float alpha, const struct mat *x, const struct mat *m, bool add,
                   const struct mat *out);
     /* table F32 [n, 2·half]: cosines, then sines, of position·inv_freq[i] (host, [half]); row r is at

@@ -28,7 +28,8 @@ static uint64_t results_bytes(const struct result_bytes *r)
 }
 
 /* A Hessian, and what works on it; nothing where a tuning begins with the range alone. */
-static uint64_t solver_bytes(const struct gptq_size *sizes, size_t n, const struct tune_options *tune)
+static uint64_t solver_bytes(const struct backend *b, const struct gptq_size *sizes, size_t n,
+                             const struct tune_options *tune)
 {
     uint64_t hessian = 0;
     if (!calibrate_solves(tune))
@@ -37,7 +38,7 @@ static uint64_t solver_bytes(const struct gptq_size *sizes, size_t n, const stru
         const uint64_t bytes = (uint64_t)(sizes[i].cols * sizes[i].cols) * sizeof(float);
         hessian = bytes > hessian ? bytes : hessian;
     }
-    return hessian + gptq_bytes(sizes, n);
+    return hessian + gptq_bytes(b->activation, sizes, n);
 }
 
 /* Of what quantizes experts: Hessians of as many, and the solvers. */
@@ -52,7 +53,7 @@ static uint64_t experts_bytes(const struct recipe_plan *plan, const struct backe
         cols = sizes[i].cols > cols ? sizes[i].cols : cols;
     return n ? (uint64_t)(cols * cols * at_once) * sizeof(float) +
                    (uint64_t)calibrate_expert_workers(b) *
-                       (gptq_bytes(sizes, n) + result_total(&result) + b->scratch_bytes)
+                       (gptq_bytes(b->activation, sizes, n) + result_total(&result) + b->scratch_bytes)
              : 0;
 }
 
@@ -71,7 +72,7 @@ static int other_bytes(const struct model *m, const struct recipe_plan *plan, co
         part = bytes > part ? bytes : part;
     }
     const struct result_bytes result = sets_largest_result(plan);
-    *out = part + solver_bytes(sizes, n, tune) + result_total(&result) + GPTQ_MAX_PARTS * sizeof(int64_t) +
+    *out = part + solver_bytes(b, sizes, n, tune) + result_total(&result) + GPTQ_MAX_PARTS * sizeof(int64_t) +
            b->scratch_bytes + weights_loader_bytes(b);
     if (b->host_memory)
         *out += results_bytes(&result);

@@ -36,6 +36,7 @@ static const double largest_damping = 1, damping_growth = 4;
 /* Device memory, laid out anew for every weight. */
 struct space {
     struct mat factor;             /* F32 [cols, cols] */
+    struct mat rough;              /* H in the activations' type [cols, cols]; no rows where that is F32 */
     struct mat work;               /* F64 [cols, cols]; where the following ones lie */
     struct mat codes;              /* I8 [rows, cols] */
     struct mat wh, gradient, pool; /* F32 [rows, cols]: W·H; (W − Ŵ)·H; feedback, residuals, products */
@@ -66,8 +67,8 @@ static int64_t least(int64_t a, int64_t b)
     return a < b ? a : b;
 }
 
-/* The factor lies in front, where every weight of a set finds it. */
-static uint64_t lay_out(void *base, const struct gptq_size *s, struct space *out)
+/* The factor and the rough H lie in front, where every weight of a set finds them. */
+static uint64_t lay_out(void *base, enum dtype act, const struct gptq_size *s, struct space *out)
 {
     const int64_t groups = (s->cols + s->group - 1) / s->group;
     const int64_t fitting = NORMAL_BYTES / (groups * groups * (int64_t)sizeof(float));
@@ -75,6 +76,7 @@ static uint64_t lay_out(void *base, const struct gptq_size *s, struct space *out
     const int64_t panel = least(PANEL, s->cols);
     uint64_t at = 0, behind;
     out->factor = arena_take(base, &at, DTYPE_F32, s->cols, s->cols);
+    out->rough = arena_take(base, &at, act, act == DTYPE_F32 ? 0 : s->cols, s->cols);
     behind = at;
     out->work = arena_take(base, &behind, DTYPE_F64, s->cols, s->cols);
     out->codes = arena_take(base, &at, DTYPE_I8, s->rows, s->cols);
@@ -90,12 +92,12 @@ static uint64_t lay_out(void *base, const struct gptq_size *s, struct space *out
 }
 
 /* In one piece, the most of any size. */
-static uint64_t space_bytes(const struct gptq_size *sizes, size_t n)
+static uint64_t space_bytes(enum dtype act, const struct gptq_size *sizes, size_t n)
 {
     uint64_t most = 0;
     for (size_t i = 0; i < n; i++) {
         struct space unused;
-        const uint64_t bytes = lay_out(NULL, &sizes[i], &unused);
+        const uint64_t bytes = lay_out(NULL, act, &sizes[i], &unused);
         most = bytes > most ? bytes : most;
     }
     return most;
@@ -109,9 +111,10 @@ static int64_t most_cols(const struct gptq_size *sizes, size_t n)
     return cols;
 }
 
-uint64_t gptq_bytes(const struct gptq_size *sizes, size_t n)
+uint64_t gptq_bytes(enum dtype act, const struct gptq_size *sizes, size_t n)
 {
-    return space_bytes(sizes, n) + (uint64_t)most_cols(sizes, n) * sizeof(int32_t) + sizeof(struct numbers);
+    return space_bytes(act, sizes, n) + (uint64_t)most_cols(sizes, n) * sizeof(int32_t) +
+           sizeof(struct numbers);
 }
 
 int gptq_open(struct gptq **out, const struct backend *b, const struct gptq_options *options,
@@ -126,7 +129,7 @@ int gptq_open(struct gptq **out, const struct backend *b, const struct gptq_opti
     g->diagonal = mem_alloc((size_t)cols, sizeof *g->diagonal, "a Hessian's diagonal");
     int rc = g->diagonal ? 0 : ERR_MEMORY;
     if (!rc)
-        rc = b->core->acquire(b, space_bytes(sizes, n), "codes on their way", &g->memory);
+        rc = b->core->acquire(b, space_bytes(b->activation, sizes, n), "codes on their way", &g->memory);
     const struct staged_need needs[] = {
         {&g->order, (size_t)cols * sizeof(int32_t), "an order of columns"},
         {&g->numbers, sizeof(struct numbers), "errors"},
@@ -215,11 +218,13 @@ int gptq_prepare(struct gptq *g, const struct mat *h)
     g->ridge = g->o.damping * (mean > 0 ? mean : 1);
     if (!rc)
         rc = quant->add_diagonal(g->b, h, (float)g->ridge);
+    struct space s;
+    lay_out(g->memory.ptr, g->b->activation, &(struct gptq_size){1, h->rows, h->rows}, &s);
+    if (!rc && s.rough.rows)
+        rc = g->b->core->scale(g->b, 1, h, false, &s.rough);
     if (rc < 0 || !g->o.sweep)
         return rc;
     rc = choose_order(g, h->rows);
-    struct space s;
-    lay_out(g->memory.ptr, &(struct gptq_size){1, h->rows, h->rows}, &s);
     const struct mat order = order_of(g, h->rows);
     int definite = 0;
     for (double d = g->o.damping; !rc && !definite && d <= largest_damping; d *= damping_growth) {
@@ -345,6 +350,12 @@ static int dots(const struct gptq *g, const struct mat *x, const struct mat *y, 
     return rc;
 }
 
+/* Groups that a block of columns holds as a whole have their scales fitted on the way; longer ones before every pass. */
+static bool fits_on_the_way(const struct rounding *r)
+{
+    return SWEEP_COLUMNS % r->q->group == 0 || r->w->cols <= SWEEP_COLUMNS;
+}
+
 /* gradient = (W − Ŵ)·H, W − Ŵ being left in the pool */
 static int find_gradient(const struct gptq *g, const struct rounding *r, const struct space *s)
 {
@@ -352,23 +363,28 @@ static int find_gradient(const struct gptq *g, const struct rounding *r, const s
     return rc ? rc : g->b->core->matmul(g->b, 1, &s->pool, g->h, false, &s->gradient);
 }
 
-/* The same in the activations' precision, a third of the work and enough for a report: rows in turns, as many as the changes
- * have memory for. */
+/* H for products whose result needs no more than the activations' precision: a third of the work, as it lies. */
+static const struct mat *rough_h(const struct gptq *g, const struct space *s)
+{
+    return s->rough.rows ? &s->rough : g->h;
+}
+
+/* As find_gradient by the rough H, which is enough to report an error by: rows in turns, as many as the changes have memory
+ * for. */
 static int find_rough_gradient(const struct gptq *g, const struct rounding *r, const struct space *s)
 {
     const struct backend *b = g->b;
-    const int64_t rows = r->w->rows, cols = r->w->cols,
-                  n = s->changes.rows * s->changes.cols * 2 / (cols * (int64_t)dtype_bytes(b->activation));
-    if (b->activation == DTYPE_F32 || n < 1)
+    const int64_t rows = r->w->rows, cols = r->w->cols, n = s->changes.rows * s->changes.cols / cols;
+    if (!s->rough.rows || n < 1)
         return find_gradient(g, r, s);
     int rc = b->quant->residual(b, r, &s->pool);
     for (int64_t row = 0; !rc && row < rows; row += n) {
         const int64_t some = least(n, rows - row);
         const struct mat from = mat_rows(&s->pool, row, some), to = mat_rows(&s->gradient, row, some),
-                         x = {s->changes.data, b->activation, some, cols, cols};
+                         x = {s->changes.data, DTYPE_BF16, some, cols, cols};
         rc = b->core->scale(b, 1, &from, false, &x);
         if (!rc)
-            rc = b->core->gemm(b, &x, g->h, &to);
+            rc = b->core->matmul(b, 1, &x, &s->rough, false, &to);
     }
     return rc;
 }
@@ -411,7 +427,7 @@ static int descend_range(const struct gptq *g, const struct rounding *r, const s
         if (rc < 0 || next == end)
             continue;
         const struct mat changes = mat_cols(&s->changes, at - panel, next - at),
-                         rows = mat_rows(g->h, at, next - at), h = mat_cols(&rows, next, end - next),
+                         rows = mat_rows(rough_h(g, s), at, next - at), h = mat_cols(&rows, next, end - next),
                          behind = mat_cols(&s->feedback, next - panel, end - next);
         rc = b->core->matmul(b, -1, &changes, &h, true, &behind);
     }
@@ -428,7 +444,7 @@ static int descend(const struct gptq *g, const struct rounding *r, const struct 
     for (int64_t panel = 0; !rc && panel < cols; panel += PANEL) {
         const int64_t end = least(panel + PANEL, cols);
         const struct mat changes = mat_cols(&s->changes, 0, end - panel),
-                         h = mat_rows(g->h, panel, end - panel);
+                         h = mat_rows(rough_h(g, s), panel, end - panel);
         rc = b->core->zero(b, &s->feedback);
         if (!rc)
             rc = descend_range(g, r, s, panel, panel, end, PANEL);
@@ -436,12 +452,6 @@ static int descend(const struct gptq *g, const struct rounding *r, const struct 
             rc = b->core->matmul(b, -1, &changes, &h, true, &s->gradient);
     }
     return rc;
-}
-
-/* Groups that a block of columns holds as a whole have their scales fitted on the way; longer ones before every pass. */
-static bool fits_on_the_way(const struct rounding *r)
-{
-    return SWEEP_COLUMNS % r->q->group == 0 || r->w->cols <= SWEEP_COLUMNS;
 }
 
 static int refine(const struct gptq *g, const struct rounding *r, const struct space *s)
@@ -481,7 +491,8 @@ static int choose_scales(const struct gptq *g, const struct mat *w, const struct
 static int measure_nearest(const struct gptq *g, const struct rounding *r, const struct space *s)
 {
     const struct backend *b = g->b;
-    int rc = b->core->matmul(b, 1, r->w, g->h, false, &s->wh);
+    const bool rough = r->w->dtype == DTYPE_BF16 && fits_on_the_way(r); /* else scales are fitted by W·H */
+    int rc = b->core->matmul(b, 1, r->w, rough ? rough_h(g, s) : g->h, false, &s->wh);
     if (!rc)
         rc = dots(g, r->w, &s->wh, SUM_OUTPUT);
     if (!rc)
@@ -501,8 +512,8 @@ static struct gptq_stats make_stats(const struct gptq *g, int part, double n_wei
     const struct numbers *numbers = g->numbers.host;
     const double *sums = numbers->sums[part];
     const double whole = sums[SUM_OUTPUT] - g->ridge * sums[SUM_WEIGHT];
-    const double output =
-        whole > 1e-5 * sums[SUM_OUTPUT] ? whole : 0; /* less is what rounding leaves of no inputs */
+    const double rounding = g->b->activation == DTYPE_F32 ? 1e-5 : 0x1p-7; /* what it leaves of no inputs */
+    const double output = whole > rounding * sums[SUM_OUTPUT] ? whole : 0;
     const double nearest = sums[SUM_NEAREST] - g->ridge * sums[SUM_NEAREST_PLAIN];
     const double error = sums[SUM_ERROR] - g->ridge * sums[SUM_ERROR_PLAIN];
     return (struct gptq_stats){.nearest_error = output > 0 ? fmax(nearest / output, 0) : 0,
@@ -520,7 +531,7 @@ int gptq_quantize(struct gptq *g, const struct mat *w, const struct qmat *q, con
     const struct backend *b = g->b;
     const struct gptq_size size = {w->rows, w->cols, q->group};
     struct space s;
-    lay_out(g->memory.ptr, &size, &s);
+    lay_out(g->memory.ptr, b->activation, &size, &s);
     g->parts = parts;
     if (codes)
         s.codes = *codes;
@@ -536,9 +547,8 @@ int gptq_quantize(struct gptq *g, const struct mat *w, const struct qmat *q, con
         rc = work_spent(g->clock, b, WORK_SWEEP);
     if (!rc)
         rc = refine(g, &r, &s);
-    if (!rc) /* refinement has kept the gradient up to date */
-        rc = fits_on_the_way(&r) && g->o.passes ? b->quant->residual(b, &r, &s.pool)
-                                                : find_gradient(g, &r, &s);
+    if (!rc)
+        rc = find_rough_gradient(g, &r, &s);
     if (!rc)
         rc = measure(g, &s, SUM_ERROR);
     if (!rc)

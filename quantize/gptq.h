@@ -42,7 +42,7 @@ struct gptq_size {
 int gptq_open(struct gptq **out, const struct backend *b, const struct gptq_options *options,
               const struct gptq_size *sizes, size_t n, struct work_clock *clock);
 void gptq_close(struct gptq *g);
-uint64_t gptq_bytes(const struct gptq_size *sizes, size_t n);
+uint64_t gptq_bytes(enum dtype activation, const struct gptq_size *sizes, size_t n);
 
 /* Takes a finished Hessian F32 [cols, cols]: damps it in place, for all that follows, since directions that hardly any
  * input had must not cost nothing; finds the order of its columns and its factor. Inputs that were not finite, and a

@@ -61,6 +61,23 @@ static int check_shapes(struct verify_report *r)
     return rc;
 }
 
+/* Layers may differ where the settings above agree: then the first linear that the other has not is named. */
+static int check_same_linears(struct verify_report *r, bool *same)
+{
+    const struct model *a = &r->cut, *b = &r->source;
+    for (size_t i = 0; i < a->n_linears || i < b->n_linears; i++) {
+        const struct gemma_tensor *x = i < a->n_linears ? a->linears[i].spec : NULL,
+                                  *y = i < b->n_linears ? b->linears[i].spec : NULL;
+        if (x && y && x->layer == y->layer && x->expert == y->expert && x->role == y->role &&
+            !memcmp(x->shape, y->shape, sizeof x->shape))
+            continue;
+        *same = false;
+        return x ? verify_add(r, FINDING_STRUCTURE, x->name, "is no linear of that shape in the source's layers")
+                 : verify_add(r, FINDING_STRUCTURE, y->name, "is a linear of the source's layers, but not of these");
+    }
+    return 0;
+}
+
 /* Whether the two models are of one kind at all; differing settings make every further comparison moot. */
 static int check_same_model(struct verify_report *r, bool *same)
 {
@@ -77,6 +94,9 @@ static int check_same_model(struct verify_report *r, bool *same)
         {"head_dim", a->head_dim, b->head_dim},
         {"vocab_size", a->vocab_size, b->vocab_size},
         {"hidden_size_per_layer_input", a->ple_size, b->ple_size},
+        {"num_experts", a->n_experts, b->n_experts},
+        {"top_k_experts", a->top_k, b->top_k},
+        {"moe_intermediate_size", a->expert_size, b->expert_size},
     };
     int rc = 0;
     *same = a->family == b->family;
@@ -89,7 +109,7 @@ static int check_same_model(struct verify_report *r, bool *same)
             rc = verify_add(r, FINDING_STRUCTURE, settings[i].name, "is %lld, the source has %lld",
                             (long long)settings[i].cut, (long long)settings[i].source);
         }
-    return rc;
+    return rc || !*same ? rc : check_same_linears(r, same);
 }
 
 /* --- bytes ---------------------------------------------------------------------------------------------------- */

@@ -10,7 +10,8 @@ enum {
     TILE = 256,  /* columns of a task of hessian_add */
     RUN = 256,   /* rows and … */
     PANEL = 512, /* … columns of a task of matmul, … */
-    DEPTH = 4096 /* … which takes so many columns of x at a time */
+    DEPTH = 4096,       /* … which takes so many columns of x at a time, … */
+    WIDENED_DEPTH = 1024 /* … or so many where m is widened too */
 };
 
 /* --- out (+)= alpha·x·m ----------------------------------------------------------------------------------------- */
@@ -51,22 +52,27 @@ static int matmul_task(void *ctx, size_t index, int worker)
     const struct matmul_job *j = ctx;
     const int64_t row = (int64_t)index / j->n_panels * RUN, col = (int64_t)index % j->n_panels * PANEL;
     const int64_t n = at_most(j->x->rows - row, RUN), cols = at_most(j->m->cols - col, PANEL);
+    const bool widens = j->m->dtype != DTYPE_F32;
+    const int64_t depth = widens ? WIDENED_DEPTH : DEPTH;
+    float *wide_x = j->state->scratch[worker], *wide_m = wide_x + RUN * DEPTH;
     struct blas_product p = {.m = (int)n,
                              .n = (int)cols,
                              .alpha = j->alpha,
-                             .ldb = (int)j->m->stride,
+                             .ldb = (int)(widens ? cols : j->m->stride),
                              .c = (float *)j->out->data + row * j->out->stride + col,
                              .ldc = (int)j->out->stride};
-    for (int64_t k = 0; k < j->x->cols; k += DEPTH) {
-        p.k = (int)at_most(j->x->cols - k, DEPTH);
+    for (int64_t k = 0; k < j->x->cols; k += depth) {
+        p.k = (int)at_most(j->x->cols - k, depth);
         p.beta = j->add || k ? 1 : 0;
-        p.b = (const float *)j->m->data + k * j->m->stride + col;
+        p.b = widens ? wide_m : (const float *)j->m->data + k * j->m->stride + col;
+        if (widens)
+            widen(j->m, k, p.k, col, cols, wide_m);
         if (j->x->dtype == DTYPE_F32) {
             p.a = (const float *)j->x->data + row * j->x->stride + k;
             p.lda = (int)j->x->stride;
         } else {
-            widen(j->x, row, n, k, p.k, j->state->scratch[worker]);
-            p.a = j->state->scratch[worker];
+            widen(j->x, row, n, k, p.k, wide_x);
+            p.a = wide_x;
             p.lda = p.k;
         }
         blas_product(&p);
@@ -78,8 +84,10 @@ int cpu_matmul(const struct backend *b, float alpha, const struct mat *x, const 
                const struct mat *out)
 {
     CHECK(x->cols == m->rows && x->rows == out->rows && m->cols == out->cols && x->cols > 0);
-    CHECK(m->dtype == DTYPE_F32 && out->dtype == DTYPE_F32);
-    _Static_assert(RUN * DEPTH * sizeof(float) <= CPU_SCRATCH_BYTES, "a widened piece of x fits");
+    CHECK((m->dtype == DTYPE_F32 || (m->dtype == DTYPE_BF16 && x->dtype == DTYPE_BF16)) &&
+          out->dtype == DTYPE_F32);
+    _Static_assert((RUN * DEPTH + WIDENED_DEPTH * PANEL) * sizeof(float) <= CPU_SCRATCH_BYTES,
+                   "widened pieces of x and m fit");
     int rc = x->dtype == DTYPE_I8 ? 0 : cpu_check_float(x, "matmul");
     if (!rc)
         rc = blas_load();

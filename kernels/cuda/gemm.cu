@@ -368,20 +368,23 @@ extern "C" int cuda_matmul(const struct backend *b, float alpha, const struct ma
                            bool add, const struct mat *out)
 {
     CHECK(x->rows == out->rows && x->cols == m->rows && m->cols == out->cols && x->cols > 0);
-    CHECK(m->dtype == DTYPE_F32 && out->dtype == DTYPE_F32);
+    const bool plain = m->dtype == DTYPE_BF16; /* operands as they lie */
+    CHECK((plain ? x->dtype == DTYPE_BF16 : m->dtype == DTYPE_F32) && out->dtype == DTYPE_F32);
     struct turns t = {};
-    void *scratch;
+    t.k = DEPTH;
+    void *scratch = NULL;
     int rc = x->dtype == DTYPE_I8 ? 0 : cuda_check_float(x, "matmul");
     if (rc < 0 || out->rows == 0 || out->cols == 0)
         return rc;
-    rc = plan_turns(x, m->cols, &t);
-    if (!rc)
+    if (!plain)
+        rc = plan_turns(x, m->cols, &t);
+    if (!rc && !plain)
         rc = cuda_scratch(b, &scratch);
     for (int64_t k = 0; !rc && k < x->cols; k += t.k) {
         const int64_t n = x->cols - k < t.k ? x->cols - k : t.k;
         const struct lt_product p = {
             mat_cols(x, k, n), mat_rows(m, k, n), *out, false, false, add || k > 0, alpha};
-        rc = multiply_turn(b, &t, &p, (bf16 *)scratch);
+        rc = plain ? lt_multiply(b, &p, "matmul") : multiply_turn(b, &t, &p, (bf16 *)scratch);
     }
     return rc;
 }

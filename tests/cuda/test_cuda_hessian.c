@@ -35,14 +35,15 @@ static struct twin random_codes(int64_t rows, int64_t cols, int64_t slack)
 static const int64_t gaps[][3] = {{0, 0, 0}, {8, 8, 8}, {3, 0, 1}, {0, 5, 0}, {1, 3, 7}};
 
 /* By the largest difference, beside what k products come to without cancellation. */
-static void check_matmul(struct outcome *o, enum dtype dtype, int64_t n, int64_t k, int64_t cols)
+static void check_matmul(struct outcome *o, enum dtype dtype, enum dtype m_type, int64_t n, int64_t k,
+                         int64_t cols)
 {
     static size_t turn;
     const int64_t *gap = gaps[turn % N_OF(gaps)];
     const bool add = turn % 2;
     struct matmul_args a = {
         .x = dtype == DTYPE_I8 ? random_codes(n, k, gap[0]) : twin_random((int)dtype, n, k, gap[0], 1),
-        .m = twin_random(DTYPE_F32, k, cols, gap[1], 3),
+        .m = twin_random((int)m_type, k, cols, gap[1], 3),
         .out = add ? twin_random(DTYPE_F32, n, cols, gap[2], 1) : twin_make(DTYPE_F32, n, cols, gap[2]),
         .alpha = turn % 3 == 0   ? 1.0f
                  : turn % 3 == 1 ? -1.0f
@@ -51,8 +52,8 @@ static void check_matmul(struct outcome *o, enum dtype dtype, int64_t n, int64_t
     const double size = fabs((double)a.alpha) * sqrt((double)k) * 3 * (dtype == DTYPE_I8 ? 128 : 1) + add;
     struct outcome one = {o->op, o->bound * size, 0, 0};
     char text[160];
-    snprintf(text, sizeof text, "%s %d × %d · %d, %.2f, gaps of %d, %d and %d%s", dtype_name(dtype), (int)n,
-             (int)k, (int)cols, (double)a.alpha, (int)gap[0], (int)gap[1], (int)gap[2], add ? ", added" : "");
+    snprintf(text, sizeof text, "%s %d × %d · %s %d, %.2f, gaps of %d, %d and %d%s", dtype_name(dtype), (int)n,
+             (int)k, dtype_name(m_type), (int)cols, (double)a.alpha, (int)gap[0], (int)gap[1], (int)gap[2], add ? ", added" : "");
     parity_case(run_matmul, &a, &(struct result){&one, &a.out, true}, 1, text);
     o->cases++;
     o->worst = fmax(o->worst, one.worst / size);
@@ -70,7 +71,7 @@ static void test_matmul(void **state)
     struct outcome o = {"matmul", matmul_bound, 0, 0};
     for (size_t t = 0; t < N_OF(x_types); t++)
         for (size_t i = 0; i < N_OF(heights) * N_OF(depths) * N_OF(widths); i++)
-            check_matmul(&o, x_types[t], heights[i % 4], depths[i / 4 % 6], widths[i / 24]);
+            check_matmul(&o, x_types[t], DTYPE_F32, heights[i % 4], depths[i / 4 % 6], widths[i / 24]);
     parity_print(&o, "relative error");
 }
 
@@ -80,11 +81,13 @@ static void test_large_matmul(void **state)
     (void)state;
     /* the largest difference of half a million elements, of sums that are longer */
     struct outcome o = {"matmul, large", 2 * matmul_bound, 0, 0};
-    check_matmul(&o, DTYPE_F32, 33, 5001, 5003);
-    check_matmul(&o, DTYPE_BF16, 20, 6400, 6400);
-    check_matmul(&o, DTYPE_I8, 2560, 128, 10240);
-    check_matmul(&o, DTYPE_F32, 13501, 3000, 40);
-    check_matmul(&o, DTYPE_F16, 2, 140001, 17);
+    check_matmul(&o, DTYPE_F32, DTYPE_F32, 33, 5001, 5003);
+    check_matmul(&o, DTYPE_BF16, DTYPE_F32, 20, 6400, 6400);
+    check_matmul(&o, DTYPE_BF16, DTYPE_BF16, 513, 2048, 6400);
+    check_matmul(&o, DTYPE_BF16, DTYPE_BF16, 20, 9001, 640);
+    check_matmul(&o, DTYPE_I8, DTYPE_F32, 2560, 128, 10240);
+    check_matmul(&o, DTYPE_F32, DTYPE_F32, 13501, 3000, 40);
+    check_matmul(&o, DTYPE_F16, DTYPE_F32, 2, 140001, 17);
     parity_print(&o, "relative error");
 }
 

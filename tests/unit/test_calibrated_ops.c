@@ -70,14 +70,15 @@ static void test_matmul(void **state)
     static const float alphas[] = {1, -1, 0.5f};
     struct outcome o = {"matmul", 2e-6, 0, 0};
     for (size_t i = 0; i < N_OF(shapes); i++)
-        for (int kind = 0; kind < 4; kind++)
+        for (int kind = 0; kind < 5; kind++) /* the last: m in BF16 too */
             for (int add = 0; add < 2; add++) {
                 const int64_t rows = shapes[i][0], k = shapes[i][1], n = shapes[i][2];
                 const struct matmul_args a = {.alpha = alphas[o.cases % N_OF(alphas)],
                                               .add = add,
-                                              .x = kind < 3 ? make_random(float_types[kind], rows, k, 1)
-                                                            : make_codes(rows, k, 128),
-                                              .m = make_random(DTYPE_F32, k, n, 1),
+                                              .x = kind == 4  ? make_random(DTYPE_BF16, rows, k, 1)
+                                                   : kind < 3 ? make_random(float_types[kind], rows, k, 1)
+                                                              : make_codes(rows, k, 128),
+                                              .m = make_random(kind == 4 ? DTYPE_BF16 : DTYPE_F32, k, n, 1),
                                               .start = make_random(DTYPE_F32, rows, n, 1)};
                 const struct mat out = make(DTYPE_F32, rows, n);
                 double *expected = room((size_t)(rows * n), sizeof *expected);

@@ -110,6 +110,40 @@ static void test_damaged(void **state)
     cutting_check_absent(support_path("never"));
 }
 
+/* A byte of a tensor that holds all experts of a layer: it is named as it is stored, and as what is computed with. */
+static void test_damaged_whole(void **state)
+{
+    (void)state;
+    struct cut_options o = mixture_rtn(support_path("spoiled"));
+    struct checkpoint ck;
+    char some[64];
+    size_t n, at = 0;
+    o.recipe.ignore = mixture_middle_layer;
+    o.recipe.n_ignore = 1;
+    mixture_check_good(mixture_made(&o));
+    assert_ok(checkpoint_open(&ck, o.out));
+    const struct tensor *t = mixture_stored(&ck, 1, "gate_up_proj");
+    const uint64_t expert = t->bytes / N_EXPERTS;
+    assert_ok(checkpoint_read(&ck, t, 5 * expert, sizeof some, some));
+    checkpoint_close(&ck);
+    char *path = file_join(o.out, "model.safetensors"), *bytes = support_read(path, &n);
+    while (at + sizeof some <= n && memcmp(bytes + at, some, sizeof some))
+        at++;
+    assert_true(at + sizeof some <= n);
+    bytes[at] ^= 1;
+    support_write(path, bytes, n);
+    free(bytes);
+    free(path);
+    mixture_check_verified(o.out, NULL, "model.layers.1.experts.gate_up_proj",
+                           "differs from what was written");
+    char *record = file_join(o.out, "gemcut.json");
+    assert_int_equal(remove(record), 0);
+    free(record);
+    mixture_check_verified(o.out, NULL, NULL, NULL);
+    mixture_check_verified(o.out, mixture_whole(), "model.layers.1.experts.5.gate_proj.weight",
+                           "is not quantized, yet differs from the source");
+}
+
 /* Some tensors of one cut's file, the others of another's, announced or put. */
 static void take_tensors(struct writer *w, const struct checkpoint *ck, const char *name, bool named,
                          bool put, size_t *ids)
@@ -191,12 +225,45 @@ static void test_one_other(void **state)
     cutting_check_absent(support_path("never"));
 }
 
+/* --- another source ------------------------------------------------------------------------------------------------- */
+
+/* Models of which some settings are the cut's: nothing is compared linear by linear. */
+static void test_other_source(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *from, *to, *object, *message; /* of the members of config.json; what is found */
+    } others[] = {
+        {"\"num_experts\": 8", "\"num_experts\": 4", "num_experts", "is 8, the source has 4"},
+        {"\"top_k_experts\": 2", "\"top_k_experts\": 3", "top_k_experts", "is 2, the source has 3"},
+        {"_size\": 96", "_size\": 64", "moe_intermediate_size", "is 96, the source has 64"},
+        {"moe_block\": true", "moe_block\": false", "num_experts", "is 8, the source has 0"},
+        {"k_eq_v\": true", "k_eq_v\": false", "model.layers.2.self_attn.o_proj.weight",
+         "is no linear of that shape"},
+        {"\"num_key_value_heads\": 1", "\"num_key_value_heads\": 2", "model.layers.2.self_attn.k_proj.weight",
+         "is no linear of that shape"},
+    };
+    const struct cut_options o = mixture_rtn(support_path("rtn"));
+    mixture_made(&o);
+    for (size_t i = 0; i < N_OF(others); i++) {
+        struct tiny_gemma g = *mixture;
+        char more[1024], name[20];
+        const char *at = strstr(mixture->more, others[i].from);
+        assert_non_null(at);
+        snprintf(more, sizeof more, "%.*s%s%s", (int)(at - mixture->more), mixture->more, others[i].to,
+                 at + strlen(others[i].from));
+        snprintf(name, sizeof name, "other-%zu", i);
+        g.more = more;
+        mixture_check_verified(o.out, cutting_model(name, &g), others[i].object, others[i].message);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_converted),
-        cmocka_unit_test(test_damaged),
-        cmocka_unit_test(test_one_other),
+        cmocka_unit_test(test_converted),     cmocka_unit_test(test_damaged),
+        cmocka_unit_test(test_damaged_whole), cmocka_unit_test(test_one_other),
+        cmocka_unit_test(test_other_source),
     };
     return cmocka_run_group_tests(tests, mixture_make, support_remove_folder);
 }

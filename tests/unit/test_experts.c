@@ -21,14 +21,16 @@ static const char *apart(void)
     return cutting_model("apart", &g);
 }
 
-static const char *cut(void)
+static const char *cut(const char *name, struct quant_scheme scheme)
 {
-    struct cut_options o = cutting_options(plain(), support_path("cut"));
-    o.recipe.scheme = (struct quant_scheme){4, false, 32};
+    struct cut_options o = cutting_options(plain(), support_path("%s", name));
+    o.recipe.scheme = scheme;
     if (!file_exists(o.out))
         assert_ok(cutting_run(&o, &cutting_silent));
     return o.out;
 }
+
+static const struct quant_scheme groups = {4, false, 32}, rows = {8, true, 0};
 
 /* --- tensors -------------------------------------------------------------------------------------------------------- */
 
@@ -255,16 +257,16 @@ static int run_add(const struct backend *b, const void *args, const struct mat *
 
 static void check_add(struct outcome *o, const char *folder)
 {
-    static const int64_t rows[] = {1, 2, 5, 40};
+    static const int64_t heights[] = {1, 2, 5, 40};
     struct model m;
     struct add_case a = {0};
     assert_ok(model_open(&m, folder));
     assert_ok(model_bind(&m, NULL, NULL));
     assert_ok(weights_load(&a.w, &m, &cpu[0]));
-    for (size_t i = 0; i < N_OF(rows) * LAYERS; i++) {
+    for (size_t i = 0; i < N_OF(heights) * LAYERS; i++) {
         a.layer = (int)i % LAYERS;
-        a.x = make_random(DTYPE_F32, rows[i / LAYERS], HIDDEN, 3);
-        a.branch = make_random(DTYPE_F32, rows[i / LAYERS], HIDDEN, 2);
+        a.x = make_random(DTYPE_F32, heights[i / LAYERS], HIDDEN, 3);
+        a.branch = make_random(DTYPE_F32, heights[i / LAYERS], HIDDEN, 2);
         const struct naive_experts n = naive_experts_of(&a.w, a.layer);
         const struct mat out = make(DTYPE_F32, a.x.rows, HIDDEN);
         double *x = naive_rows(&a.x), *branch = naive_rows(&a.branch), *expected = zeros(a.x.rows * HIDDEN);
@@ -286,7 +288,8 @@ static void test_add(void **state)
     struct outcome o = {"experts", 1e-5, 0, 0};
     check_add(&o, plain());
     check_add(&o, apart());
-    check_add(&o, cut());
+    check_add(&o, cut("groups", groups));
+    check_add(&o, cut("rows", rows));
     print_outcome(&o);
 }
 
@@ -305,7 +308,7 @@ static int observe(void *ctx, int layer, const struct mat *x)
 static void test_blocks(void **state)
 {
     (void)state;
-    const char *const folders[] = {plain(), cut()};
+    const char *const folders[] = {plain(), cut("groups", groups), cut("rows", rows)};
     struct outcome o = {"blocks with experts", 1e-5, 0, 0};
     for (size_t i = 0; i < N_OF(folders); i++) {
         struct model m;
