@@ -12,18 +12,27 @@ const char *profile_row_name(int row)
                                               [ROW_FORWARD + FUSED_O] = "forward o",
                                               [ROW_FORWARD + FUSED_GATE_UP] = "forward gate/up",
                                               [ROW_FORWARD + FUSED_DOWN] = "forward down",
+                                              [ROW_FORWARD + SET_EXPERTS_GATE_UP] =
+                                                  "forward experts' gate/up",
+                                              [ROW_FORWARD + SET_EXPERTS_DOWN] = "forward experts' down",
                                               [ROW_DGRAD + FUSED_QKV] = "dgrad q/k/v",
                                               [ROW_DGRAD + FUSED_O] = "dgrad o",
                                               [ROW_DGRAD + FUSED_GATE_UP] = "dgrad gate/up",
                                               [ROW_DGRAD + FUSED_DOWN] = "dgrad down",
+                                              [ROW_DGRAD + SET_EXPERTS_GATE_UP] = "dgrad experts' gate/up",
+                                              [ROW_DGRAD + SET_EXPERTS_DOWN] = "dgrad experts' down",
                                               [ROW_WGRAD + FUSED_QKV] = "wgrad q/k/v",
                                               [ROW_WGRAD + FUSED_O] = "wgrad o",
                                               [ROW_WGRAD + FUSED_GATE_UP] = "wgrad gate/up",
                                               [ROW_WGRAD + FUSED_DOWN] = "wgrad down",
+                                              [ROW_WGRAD + SET_EXPERTS_GATE_UP] = "wgrad experts' gate/up",
+                                              [ROW_WGRAD + SET_EXPERTS_DOWN] = "wgrad experts' down",
                                               [ROW_STEP + FUSED_QKV] = "step q/k/v",
                                               [ROW_STEP + FUSED_O] = "step o",
                                               [ROW_STEP + FUSED_GATE_UP] = "step gate/up",
                                               [ROW_STEP + FUSED_DOWN] = "step down",
+                                              [ROW_STEP + SET_EXPERTS_GATE_UP] = "step experts' gate/up",
+                                              [ROW_STEP + SET_EXPERTS_DOWN] = "step experts' down",
                                               [ROW_ATTENTION] = "attention",
                                               [ROW_ATTENTION_BACKWARD] = "attention backward",
                                               [ROW_NORMS] = "norms",
@@ -32,6 +41,9 @@ const char *profile_row_name(int row)
                                               [ROW_HEADS_BACKWARD] = "heads backward",
                                               [ROW_GATE] = "gated activation",
                                               [ROW_GATE_BACKWARD] = "gated activation backward",
+                                              [ROW_ROUTER] = "router",
+                                              [ROW_ROUTES] = "routes",
+                                              [ROW_EXPERT_ROWS] = "experts' rows",
                                               [ROW_LOSS] = "loss",
                                               [ROW_COPIES] = "copies"};
     return names[row];
@@ -39,7 +51,7 @@ const char *profile_row_name(int row)
 
 bool profile_row_computes(int row)
 {
-    return row < ROW_STEP || row == ROW_ATTENTION || row == ROW_ATTENTION_BACKWARD;
+    return row < ROW_STEP || row == ROW_ATTENTION || row == ROW_ATTENTION_BACKWARD || row == ROW_ROUTER;
 }
 
 /* --- an operation ------------------------------------------------------------------------------------------------- */
@@ -74,7 +86,7 @@ static int span_begin(const struct backend *b, int row, struct span *s)
     const struct bench_profile *p = profile_of(b);
     *s = (struct span){p->real, p->log, row, 0};
     int rc = 0;
-    if (p->log->stepped && (row < ROW_STEP || row >= ROW_STEP + N_FUSED))
+    if (p->log->stepped && (row < ROW_STEP || row >= ROW_STEP + N_BLOCK_SETS))
         rc = end_iteration(s);
     if (!rc && p->log->apart)
         rc = p->real->core->wait(p->real);
@@ -108,7 +120,7 @@ static int set_row(const struct backend *b, int first, const struct mat *w)
     while (i < log->n_shapes && (log->shapes[i].rows != w->rows || log->shapes[i].cols != w->cols))
         i++;
     CHECK(i < log->n_shapes);
-    return first + (int)log->shapes[i].kind;
+    return log->shapes[i].set == N_BLOCK_SETS ? ROW_ROUTER : first + log->shapes[i].set;
 }
 
 static double product_flop(const struct mat *w, int64_t tokens)
@@ -285,6 +297,48 @@ static int tune_step(const struct backend *b, const struct tuning *t, const stru
                          bytes_of(t->w) + 2 * bytes_of(t->v) + bytes_of(gradient) + bytes_of(t->restored));
 }
 
+/* --- experts ------------------------------------------------------------------------------------------------------ */
+
+static int route(const struct backend *b, const struct mat *logits, const struct mat *factors,
+                 const struct mat *experts, const struct mat *weights)
+{
+    struct span s;
+    int rc = span_begin(b, ROW_ROUTES, &s);
+    if (!rc)
+        rc = s.real->core->route(s.real, logits, factors, experts, weights);
+    return rc ? rc : span_end(&s, bytes_of(logits) + bytes_of(experts) + bytes_of(weights));
+}
+
+static int gather_rows(const struct backend *b, const struct mat *x, const struct mat *rows,
+                       const struct mat *factors, const struct mat *out)
+{
+    struct span s;
+    int rc = span_begin(b, ROW_EXPERT_ROWS, &s);
+    if (!rc)
+        rc = s.real->core->gather_rows(s.real, x, rows, factors, out);
+    return rc ? rc : span_end(&s, bytes_of(x) + bytes_of(out));
+}
+
+static int combine_rows(const struct backend *b, const struct mat *y, const struct mat *slots,
+                        const struct mat *weights, const struct mat *out)
+{
+    struct span s;
+    int rc = span_begin(b, ROW_EXPERT_ROWS, &s);
+    if (!rc)
+        rc = s.real->core->combine_rows(s.real, y, slots, weights, out);
+    return rc ? rc : span_end(&s, bytes_of(y) + bytes_of(out));
+}
+
+static int route_backward(const struct backend *b, const struct route_tape *tape, const struct mat *dout,
+                          const struct mat *dlogits)
+{
+    struct span s;
+    int rc = span_begin(b, ROW_ROUTES, &s);
+    if (!rc)
+        rc = s.real->train->route_backward(s.real, tape, dout, dlogits);
+    return rc ? rc : span_end(&s, bytes_of(&tape->y) + bytes_of(dout) + bytes_of(dlogits));
+}
+
 /* --- copies ------------------------------------------------------------------------------------------------------- */
 
 static int copy(const struct backend *b, void *to, const void *from, size_t bytes)
@@ -316,12 +370,30 @@ static int stage_out(const struct backend *b, const struct staged_buf *staged, s
 
 /* --- the backend -------------------------------------------------------------------------------------------------- */
 
-static void add_shape(struct profile_log *log, const struct linear *l, enum gemma_fused kind)
+static void add_shape(struct profile_log *log, int64_t rows, int64_t cols, int set)
 {
-    CHECK(!l->quantized && log->n_shapes < PROFILE_SHAPES);
-    log->shapes[log->n_shapes].rows = l->weight.rows;
-    log->shapes[log->n_shapes].cols = l->weight.cols;
-    log->shapes[log->n_shapes++].kind = kind;
+    CHECK(log->n_shapes < PROFILE_SHAPES);
+    log->shapes[log->n_shapes].rows = rows;
+    log->shapes[log->n_shapes].cols = cols;
+    log->shapes[log->n_shapes++].set = set;
+}
+
+static void add_linear(struct profile_log *log, const struct linear *l, int set)
+{
+    CHECK(!l->quantized);
+    add_shape(log, l->weight.rows, l->weight.cols, set);
+}
+
+/* Products are an expert's, steps those of all experts. */
+static void add_experts(struct profile_log *log, const struct block *block)
+{
+    const struct linear *const linears[] = {&block->experts->gate_up.whole, &block->experts->down.whole};
+    for (int i = 0; i < 2; i++) {
+        add_linear(log, linears[i], SET_EXPERTS_GATE_UP + i);
+        add_shape(log, linears[i]->weight.rows * block->n_experts, linears[i]->weight.cols,
+                  SET_EXPERTS_GATE_UP + i);
+    }
+    add_shape(log, block->router.rows, block->router.cols, N_BLOCK_SETS);
 }
 
 void bench_profile_begin(struct bench_profile *out, const struct backend *real, struct profile_log *log,
@@ -333,10 +405,12 @@ void bench_profile_begin(struct bench_profile *out, const struct backend *real, 
                                                     [FUSED_DOWN] = &block->down};
     for (int k = 0; k < N_FUSED; k++) {
         if (sets[k]->fused)
-            add_shape(log, &sets[k]->whole, (enum gemma_fused)k);
+            add_linear(log, &sets[k]->whole, k);
         for (int i = 0; !sets[k]->fused && i < sets[k]->n; i++)
-            add_shape(log, &sets[k]->parts[i], (enum gemma_fused)k);
+            add_linear(log, &sets[k]->parts[i], k);
     }
+    if (block->n_experts)
+        add_experts(log, block);
     *out = (struct bench_profile){
         .backend = *real, .core = *real->core, .train = *real->train, .real = real, .log = log};
     out->backend.core = &out->core;
@@ -350,12 +424,16 @@ void bench_profile_begin(struct bench_profile *out, const struct backend *real, 
     out->core.split_qkv = split_qkv;
     out->core.attention = attention;
     out->core.geglu = geglu;
+    out->core.route = route;
+    out->core.gather_rows = gather_rows;
+    out->core.combine_rows = combine_rows;
     out->train.gemm_dgrad = gemm_dgrad;
     out->train.gemm_wgrad = gemm_wgrad;
     out->train.rms_norm_backward = rms_norm_backward;
     out->train.geglu_backward = geglu_backward;
     out->train.split_qkv_backward = split_qkv_backward;
     out->train.attention_backward = attention_backward;
+    out->train.route_backward = route_backward;
     out->train.error_backward = error_backward;
     out->train.keep_best = keep_best;
     out->train.tune_step = tune_step;

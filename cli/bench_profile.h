@@ -7,13 +7,13 @@
 #include "runtime/gemma.h"
 #include "runtime/weights.h"
 
-/* Kinds of operations. The first four have a row for each set of linears: add enum gemma_fused. */
+/* Kinds of operations. The first four have a row for each of a block's sets of linears (runtime/gemma.h): add its number. */
 enum profile_row {
     ROW_FORWARD,
-    ROW_DGRAD = ROW_FORWARD + N_FUSED, /* products by the inputs, … */
-    ROW_WGRAD = ROW_DGRAD + N_FUSED,   /* … by the weights */
-    ROW_STEP = ROW_WGRAD + N_FUSED,
-    ROW_ATTENTION = ROW_STEP + N_FUSED,
+    ROW_DGRAD = ROW_FORWARD + N_BLOCK_SETS, /* products by the inputs, … */
+    ROW_WGRAD = ROW_DGRAD + N_BLOCK_SETS,   /* … by the weights */
+    ROW_STEP = ROW_WGRAD + N_BLOCK_SETS,
+    ROW_ATTENTION = ROW_STEP + N_BLOCK_SETS,
     ROW_ATTENTION_BACKWARD,
     ROW_NORMS,
     ROW_NORMS_BACKWARD,
@@ -21,6 +21,9 @@ enum profile_row {
     ROW_HEADS_BACKWARD,
     ROW_GATE,
     ROW_GATE_BACKWARD,
+    ROW_ROUTER,      /* of a mixture of experts: its products, forward and back */
+    ROW_ROUTES,      /* which experts, and the gradient by how much they count */
+    ROW_EXPERT_ROWS, /* gathered, and added up */
     ROW_LOSS,
     ROW_COPIES,
     N_ROWS
@@ -38,7 +41,7 @@ struct profile_iteration {
     struct profile_op ops[N_ROWS];
 };
 
-enum { PROFILE_SHAPES = N_FUSED * 3 };
+enum { PROFILE_SHAPES = N_FUSED * 3 + 5 };
 
 /* What is counted. An iteration ends with its last step; what comes before the first one's operations is counted with
  * it, what comes behind the last one's not at all. */
@@ -51,7 +54,7 @@ struct profile_log {
     bool stepped;
     struct {
         int64_t rows, cols;
-        enum gemma_fused kind;
+        int set;              /* of the block, or N_BLOCK_SETS: the router */
     } shapes[PROFILE_SHAPES]; /* of the block's weights, which tell products apart */
     int n_shapes;
 };

@@ -166,25 +166,34 @@ static void close_run(struct tuning_run *r)
 
 /* --- a block ------------------------------------------------------------------------------------------------------ */
 
+static int start_set(const struct tuning_run *r, int layer, const struct set *s)
+{
+    const struct gemma_tensor *t = s->members->tensor;
+    const struct scale_spec range = {SCALE_RANGE, false};
+    struct piece pieces[GPTQ_MAX_PARTS];
+    const int n =
+        set_pieces(s, set_place(&r->weights.blocks[layer], gemma_fused_set(t->role), t->expert), pieces);
+    int rc = 0;
+    for (int i = 0; !rc && i < n; i++) {
+        const struct mat *w = &pieces[i].linear->weight;
+        struct tuned_weight start = tuner_weight(r->tuner, s, pieces[i].row, pieces[i].rows);
+        rc = r->b.quant->find_scales(&r->b, w, &range, &start.q);
+        if (!rc)
+            rc = r->b.quant->round_codes(&r->b, &(struct rounding){w, &start.q, &start.codes});
+    }
+    return rc;
+}
+
 /* Codes to begin with, for those who want some: the nearest ones under plain scales. */
 static int make_start(const struct tuning_run *r, int layer)
 {
-    const struct scale_spec range = {SCALE_RANGE, false};
+    const int n_experts = (int)r->model.gemma.n_experts;
     int rc = 0;
-    for (int k = 0; r->options.init == TUNE_FROM_CODES && k < N_FUSED; k++) {
-        struct linear_set *l = set_place(&r->weights.blocks[layer], (enum gemma_fused)k, SET_DENSE);
-        const struct set s = set_find(&r->plan, layer, (enum gemma_fused)k, SET_DENSE);
-        struct piece pieces[GPTQ_MAX_PARTS];
-        const int n = set_quantized(&s) ? set_pieces(&s, l, pieces) : 0;
-        for (int i = 0; !rc && i < n; i++) {
-            const struct mat *w = &pieces[i].linear->weight;
-            struct tuned_weight start =
-                tuner_weight(r->tuner, (enum gemma_fused)k, pieces[i].row, pieces[i].rows);
-            rc = r->b.quant->find_scales(&r->b, w, &range, &start.q);
-            if (!rc)
-                rc = r->b.quant->round_codes(&r->b, &(struct rounding){w, &start.q, &start.codes});
+    for (int k = 0; r->options.init == TUNE_FROM_CODES && k < N_BLOCK_SETS; k++)
+        for (int e = 0; !rc && e < (k < N_FUSED ? 1 : n_experts); e++) {
+            const struct set s = set_find(&r->plan, layer, set_kind(k), k < N_FUSED ? SET_DENSE : e);
+            rc = set_quantized(&s) ? start_set(r, layer, &s) : 0;
         }
-    }
     return rc;
 }
 

@@ -127,6 +127,13 @@ static double pass_runs(enum gemma_fused kind, bool last, const struct recipe *r
     return kind == FUSED_GATE_UP && !last && !pass->keep_inner ? 2 : 1;
 }
 
+/* Of an expert's set, by the tokens that are sent to it; the inputs of its down take those of its gate and up. */
+static double expert_runs(const struct set *s, bool last, const struct recipe *r)
+{
+    const bool for_down = s->kind != FUSED_DOWN && s->first->quantized && solves(r);
+    return (r->tune.iterations > 0) + for_down + !last;
+}
+
 /* Forward passes of a mini-batch: its iterations, and the one that judges the last iterate. */
 static double batch_passes(const struct tune_options *t)
 {
@@ -138,11 +145,13 @@ static double batch_samples(const struct tune_options *t, const struct bench_pas
     return (double)(t->batch < pass->samples ? t->batch : pass->samples);
 }
 
-/* Products of a tuning with a set: forward, by the weights, and by the inputs but for q/k/v's, which need no
- * gradient. */
-static double tuning_flop(const struct set *s, const struct recipe *r, const struct bench_pass *pass)
+/* Products of a tuning with a set, which its share of the tokens goes through: forward, by the weights, and by the inputs but for
+ * q/k/v's, which need no gradient. */
+static double tuning_flop(const struct set *s, const struct recipe *r, const struct bench_pass *pass,
+                          double share)
 {
-    const double product = 2 * s->rows * s->cols * batch_samples(&r->tune, pass) * (double)pass->length;
+    const double tokens = batch_samples(&r->tune, pass) * (double)pass->length * share;
+    const double product = 2 * s->rows * s->cols * tokens;
     const double back = (s->kind == FUSED_QKV ? 0 : 1) + (s->first->quantized ? 1 : 0);
     return product * (batch_passes(&r->tune) + back * (double)r->tune.iterations);
 }
@@ -175,11 +184,10 @@ void bench_work_count(double out[N_WORK], const struct model *m, const struct re
         const struct set s = next_set(plan, &i);
         const bool last = s.first->tensor->layer == (int)g->n_layers - 1,
                    expert = s.first->tensor->expert >= 0;
-        const double sent = expert ? tokens * (double)g->top_k / (double)g->n_experts : tokens;
-        const double runs = !expert ? pass_runs(s.kind, last, recipe, pass)
-                                    : (s.kind == FUSED_DOWN ? 0 : s.first->quantized) + !last;
+        const double share = expert ? (double)g->top_k / (double)g->n_experts : 1, sent = tokens * share;
+        const double runs = expert ? expert_runs(&s, last, recipe) : pass_runs(s.kind, last, recipe, pass);
         out[WORK_FORWARD] += runs * 2 * s.rows * s.cols * sent;
-        out[WORK_TUNE] += tuning_flop(&s, recipe, pass);
+        out[WORK_TUNE] += tuning_flop(&s, recipe, pass, share);
         if (!s.first->quantized)
             continue;
         if (solves(recipe))

@@ -165,6 +165,12 @@ struct attention_tape {
     struct mat q, keys, values, out, lse;
 };
 
+/* What a mixture of experts read and gave, for its router's backward pass; as struct core_ops has them. */
+struct route_tape {
+    struct mat logits, factors, experts; /* of route; factors.data NULL: 1 */
+    struct mat y, slots;                 /* of combine_rows, which had route's weights */
+};
+
 /* What the distributions of two models say about one token. */
 struct row_comparison {
     float nll_a, nll_b; /* −log p of the target, nats */
@@ -272,7 +278,7 @@ struct core_ops {
     int (*gather_rows)(const struct backend *b, const struct mat *x, const struct mat *rows,
                        const struct mat *factors, const struct mat *out);
     /* out[t] = Σ_j weights[t, j]·y[slots[t, j]], j ascending, in FP32. y, out: act, not the same; slots: I32 [tokens, k],
-     * rows of y; weights: F32 [tokens, k]. k > 0 */
+     * rows of y; weights: F32 [tokens, k], NULL: 1. k > 0 */
     int (*combine_rows)(const struct backend *b, const struct mat *y, const struct mat *slots,
                         const struct mat *weights, const struct mat *out);
     /* x = cap·tanh(x / cap) in place, F32 */
@@ -379,6 +385,10 @@ struct train_ops {
     int (*attention_backward)(const struct backend *b, const struct attention_spec *spec,
                               const struct attention_tape *tape, const struct mat *dout, const struct mat *dq,
                               const struct mat *dkeys, const struct mat *dvalues);
+    /* dlogits F32 [tokens, n_experts], which may be the tape's logits: by the router's logits, given dout (act) by
+     * combine_rows' result; 0 for experts that were not chosen. */
+    int (*route_backward)(const struct backend *b, const struct route_tape *tape, const struct mat *dout,
+                          const struct mat *dlogits);
     /* *sum (device) += Σ (y − target)², in a fixed order; dy = factor·(y − target). y, target, dy: F32; dy may be y, or
      * NULL. */
     int (*error_backward)(const struct backend *b, const struct mat *y, const struct mat *target,

@@ -3,7 +3,7 @@
 #include "base/err.h"
 #include "base/mem.h"
 #include "base/rng.h"
-#include "kernels/arena.h"
+#include "quantize/tuned_sets.h"
 #include "runtime/block_grad.h"
 
 #include <math.h>
@@ -15,21 +15,6 @@ static const float start_distance = 0.45f;
 
 /* Bounds of the factors of a group's scale. */
 static const float warm_bounds[] = {0.5f, 1.5f}, cold_bounds[] = {0, 1};
-
-/* A set of linears under tuning, on the device. Those of a block lie one behind the other, each weight's rows
- * together. */
-struct tuned_set {
-    struct set set; /* n = 0: not quantized */
-    struct piece pieces[GPTQ_MAX_PARTS];
-    int n_pieces;
-    void *copies; /* the weights as they were, as many bytes an element as the widest has */
-    size_t copy_bytes;
-    enum dtype dtypes[GPTQ_MAX_PARTS]; /* of each piece */
-    struct mat v, gradient;            /* F32 [rows, cols] */
-    struct mat low, high, start;       /* F32, F32, BF16 [rows, groups] */
-    struct mat codes; /* I8 [rows, cols]: the start's, then those of the iterate that is kept */
-    struct mat scales, zeros, kept_scales, kept_zeros; /* of the iterate; of the one that is kept */
-};
 
 /* Numbers on the device. */
 struct numbers {
@@ -56,9 +41,10 @@ struct tuner {
     struct rng rng;
     /* the block: */
     int layer;
-    struct tuned_set sets[N_FUSED];
+    struct tuned_set sets[N_BLOCK_SETS];
     struct mat spare; /* F32 [length, hidden]: a target that is not on the device */
     void *activations;
+    struct block_tape tape; /* its memory of the host */
 };
 
 static const struct backend *backend_of(const struct tuner *t)
@@ -67,67 +53,6 @@ static const struct backend *backend_of(const struct tuner *t)
 }
 
 /* --- memory ----------------------------------------------------------------------------------------------------- */
-
-static enum dtype source_dtype(const struct model *m, const struct gemma_tensor *tensor)
-{
-    size_t i = 0;
-    while (m->linears[i].spec != tensor)
-        i++;
-    return m->linears[i].weight->dtype;
-}
-
-static void place_set(struct tuned_set *s, const struct model *m, void *base, uint64_t *at)
-{
-    const int64_t rows = s->set.rows, cols = s->set.cols;
-    const int64_t groups = quant_groups(s->set.members->scheme, cols);
-    const bool symmetric = s->set.members->scheme.symmetric;
-    enum dtype widest = DTYPE_BF16;
-    for (int i = 0; i < s->set.n; i++)
-        if (source_dtype(m, s->set.members[i].tensor) == DTYPE_F32)
-            widest = DTYPE_F32;
-    const struct mat copies = arena_take(base, at, widest, rows, cols);
-    s->copies = copies.data;
-    s->copy_bytes = dtype_bytes(widest);
-    s->v = arena_take(base, at, DTYPE_F32, rows, cols);
-    s->gradient = arena_take(base, at, DTYPE_F32, rows, cols);
-    s->low = arena_take(base, at, DTYPE_F32, rows, groups);
-    s->high = arena_take(base, at, DTYPE_F32, rows, groups);
-    s->start = arena_take(base, at, DTYPE_BF16, rows, groups);
-    s->codes = arena_take(base, at, DTYPE_I8, rows, cols);
-    s->scales = arena_take(base, at, DTYPE_BF16, rows, groups);
-    s->kept_scales = arena_take(base, at, DTYPE_BF16, rows, groups);
-    s->zeros = s->kept_zeros = (struct mat){0};
-    if (!symmetric) {
-        s->zeros = arena_take(base, at, DTYPE_I8, rows, groups);
-        s->kept_zeros = arena_take(base, at, DTYPE_I8, rows, groups);
-    }
-}
-
-/* The sets of a layer; returns the bytes. */
-static uint64_t place_sets(struct tuned_set sets[N_FUSED], const struct model *m,
-                           const struct recipe_plan *plan, int layer, void *base)
-{
-    uint64_t at = 0;
-    for (int k = 0; k < N_FUSED; k++) {
-        sets[k] = (struct tuned_set){.set = set_find(plan, layer, (enum gemma_fused)k, SET_DENSE)};
-        if (set_quantized(&sets[k].set))
-            place_set(&sets[k], m, base, &at);
-        else
-            sets[k].set.n = 0;
-    }
-    return at;
-}
-
-static uint64_t sets_bytes(const struct model *m, const struct recipe_plan *plan)
-{
-    uint64_t most = 0;
-    for (int layer = 0; layer < (int)m->gemma.n_layers; layer++) {
-        struct tuned_set unused[N_FUSED];
-        const uint64_t bytes = place_sets(unused, m, plan, layer, NULL);
-        most = bytes > most ? bytes : most;
-    }
-    return most;
-}
 
 static size_t numbers_bytes(const struct tune_options *o)
 {
@@ -147,7 +72,7 @@ static int64_t batch_of(const struct tune_options *o, const struct dataset *data
 uint64_t tuner_bytes(const struct model *m, const struct recipe_plan *plan, const struct backend *b,
                      const struct dataset *data, const struct tune_options *o, int64_t micro_batch)
 {
-    return sets_bytes(m, plan) + spare_bytes(m, data) +
+    return tuned_sets_bytes(m, plan) + spare_bytes(m, data) +
            block_tape_bytes(&m->gemma, b->activation, micro_batch, data->length) + numbers_bytes(o);
 }
 
@@ -178,10 +103,10 @@ int tuner_open(struct tuner **out, const struct model *m, const struct recipe_pl
                         .micro = micro_batch,
                         .clock = clock};
     const struct backend *b = w->backend;
-    const uint64_t sets = sets_bytes(m, plan),
+    const uint64_t sets = tuned_sets_bytes(m, plan),
                    bytes = tuner_bytes(m, plan, b, data, o, micro_batch) - numbers_bytes(o);
     t->order = mem_alloc((size_t)data->samples, sizeof *t->order, "an order of samples");
-    int rc = t->order ? 0 : ERR_MEMORY;
+    int rc = t->order ? block_tape_open(&t->tape, &m->gemma, micro_batch, data->length) : ERR_MEMORY;
     if (!rc)
         rc = b->core->acquire(b, bytes, "a block under tuning", &t->memory);
     if (!rc)
@@ -205,76 +130,31 @@ void tuner_close(struct tuner *t)
     b->core->release(b, &t->memory);
     if (t->numbers.host)
         b->core->release_staging(b, &t->numbers);
+    block_tape_close(&t->tape);
     free(t->order);
     free(t);
 }
 
 /* --- a block's weights ------------------------------------------------------------------------------------------ */
 
-/* The weights of a piece as they were. */
-static struct mat original(const struct tuned_set *s, int piece)
-{
-    const struct piece *p = &s->pieces[piece];
-    char *at = (char *)s->copies + (size_t)(p->row * s->set.cols) * s->copy_bytes;
-    return (struct mat){at, s->dtypes[piece], p->rows, s->set.cols, s->set.cols};
-}
-
-static size_t weight_bytes(const struct mat *w)
-{
-    CHECK(w->stride == w->cols);
-    return (size_t)(w->rows * w->cols) * dtype_bytes(w->dtype);
-}
-
 int tuner_begin(struct tuner *t, int layer)
 {
-    const struct backend *b = backend_of(t);
-    int rc = 0;
     t->layer = layer;
-    place_sets(t->sets, t->m, t->plan, layer, t->memory.ptr);
-    for (int k = 0; k < N_FUSED; k++) {
-        struct tuned_set *s = &t->sets[k];
-        if (s->set.n)
-            s->n_pieces =
-                set_pieces(&s->set, set_place(&t->w->blocks[layer], (enum gemma_fused)k, SET_DENSE), s->pieces);
-        for (int i = 0; !rc && i < s->n_pieces; i++) {
-            const struct mat *w = &s->pieces[i].linear->weight;
-            s->dtypes[i] = w->dtype;
-            rc = b->core->copy(b, original(s, i).data, w->data, weight_bytes(w));
-        }
-    }
-    return rc;
+    tuned_sets_place(t->sets, t->m, t->plan, layer, t->memory.ptr);
+    return tuned_sets_take(t->sets, backend_of(t), &t->w->blocks[layer]);
 }
 
 int tuner_restore(struct tuner *t)
 {
-    const struct backend *b = backend_of(t);
-    int rc = 0;
-    for (int k = 0; k < N_FUSED; k++)
-        for (int i = 0; !rc && i < t->sets[k].n_pieces; i++) {
-            const struct mat w = original(&t->sets[k], i);
-            t->sets[k].pieces[i].linear->weight.dtype = w.dtype;
-            rc = b->core->copy(b, t->sets[k].pieces[i].linear->weight.data, w.data, weight_bytes(&w));
-        }
-    return rc;
+    return tuned_sets_restore(t->sets, backend_of(t), &t->w->blocks[t->layer]);
 }
 
-static struct qmat grid(const struct tuned_set *s, const struct mat *scales, const struct mat *zeros,
-                        int64_t row, int64_t n)
+struct tuned_weight tuner_weight(const struct tuner *t, const struct set *set, int64_t row, int64_t n)
 {
-    struct qmat q = {.scales = mat_rows(scales, row, n),
-                     .bits = s->set.members->scheme.bits,
-                     .group = set_group(&s->set),
-                     .cols = s->set.cols};
-    if (zeros->data)
-        q.zeros = mat_rows(zeros, row, n);
-    return q;
-}
-
-struct tuned_weight tuner_weight(const struct tuner *t, enum gemma_fused kind, int64_t row, int64_t n)
-{
-    const struct tuned_set *s = &t->sets[kind];
-    return (struct tuned_weight){mat_rows(&s->codes, row, n),
-                                 grid(s, &s->kept_scales, &s->kept_zeros, row, n)};
+    const struct tuned_set *s = &t->sets[set_in_block(set)];
+    const int64_t at = tuned_first_row(set) + row;
+    return (struct tuned_weight){mat_rows(&s->codes, at, n),
+                                 tuned_grid(s, &s->kept_scales, &s->kept_zeros, at, n)};
 }
 
 /* --- the step --------------------------------------------------------------------------------------------------- */
@@ -286,21 +166,23 @@ struct tune_views {
     struct tuning tuning;
 };
 
-static void view_piece(const struct tuner *t, const struct tuned_set *s, int piece, struct tune_views *u)
+/* Rows [row, row + n) of the set, all of one piece. */
+static void view_rows(const struct tuner *t, const struct tuned_set *s, int64_t row, int64_t n,
+                      struct tune_views *u)
 {
-    const struct piece *p = &s->pieces[piece];
     const bool warm = t->o.init == TUNE_FROM_CODES;
     const float *bounds = warm ? warm_bounds : cold_bounds;
-    *u = (struct tune_views){.w = original(s, piece),
-                             .v = mat_rows(&s->v, p->row, p->rows),
-                             .gradient = mat_rows(&s->gradient, p->row, p->rows),
-                             .low = mat_rows(&s->low, p->row, p->rows),
-                             .high = mat_rows(&s->high, p->row, p->rows),
-                             .start = mat_rows(&s->start, p->row, p->rows),
-                             .restored = p->linear->weight,
-                             .codes = mat_rows(&s->codes, p->row, p->rows),
-                             .q = grid(s, &s->scales, &s->zeros, p->row, p->rows),
-                             .kept = grid(s, &s->kept_scales, &s->kept_zeros, p->row, p->rows)};
+    const struct piece *p = &s->pieces[tuned_piece(s, row)];
+    *u = (struct tune_views){.w = tuned_original(s, row, n),
+                             .v = mat_rows(&s->v, row, n),
+                             .gradient = mat_rows(&s->gradient, row, n),
+                             .low = mat_rows(&s->low, row, n),
+                             .high = mat_rows(&s->high, row, n),
+                             .start = mat_rows(&s->start, row, n),
+                             .restored = mat_rows(&p->linear->weight, row - p->row, n),
+                             .codes = mat_rows(&s->codes, row, n),
+                             .q = tuned_grid(s, &s->scales, &s->zeros, row, n),
+                             .kept = tuned_grid(s, &s->kept_scales, &s->kept_zeros, row, n)};
     u->tuning = (struct tuning){.w = &u->w,
                                 .v = &u->v,
                                 .start = warm ? &u->start : NULL,
@@ -314,6 +196,11 @@ static void view_piece(const struct tuner *t, const struct tuned_set *s, int pie
                                 .restored = &u->restored,
                                 .codes = &u->codes,
                                 .kept = &u->kept};
+}
+
+static void view_piece(const struct tuner *t, const struct tuned_set *s, int piece, struct tune_views *u)
+{
+    view_rows(t, s, s->pieces[piece].row, s->pieces[piece].rows, u);
 }
 
 /* A piece's part of what all pieces do; rates NULL: no step. */
@@ -347,29 +234,25 @@ static int step_piece(const struct tuner *t, const struct tuned_set *s, int piec
 static int step_all(const struct tuner *t, const struct step *step)
 {
     int rc = 0;
-    for (int k = 0; k < N_FUSED; k++)
+    for (int k = 0; k < N_BLOCK_SETS; k++)
         for (int i = 0; !rc && i < t->sets[k].n_pieces; i++)
             rc = step_piece(t, &t->sets[k], i, step);
     return rc;
 }
 
 /* Codes of the range begin with what the first step makes of them, so it has scales to start from. */
-static int begin(const struct tuner *t)
+static int begin(struct tuner *t)
 {
     const struct backend *b = backend_of(t);
     const struct scale_spec range = {SCALE_RANGE, false};
     int rc = 0;
-    for (int k = 0; t->o.init == TUNE_FROM_NONE && k < N_FUSED; k++)
+    for (int k = 0; t->o.init == TUNE_FROM_NONE && k < N_BLOCK_SETS; k++)
         for (int i = 0; !rc && i < t->sets[k].n_pieces; i++) {
             struct tune_views u;
             view_piece(t, &t->sets[k], i, &u);
             rc = b->quant->find_scales(b, &u.w, &range, &u.q);
         }
-    for (int k = 0; k < N_FUSED; k++) /* what is restored is BF16, where weights take 16 bits */
-        for (int i = 0; i < t->sets[k].n_pieces; i++) {
-            struct mat *w = &t->sets[k].pieces[i].linear->weight;
-            w->dtype = w->dtype == DTYPE_F16 ? DTYPE_BF16 : w->dtype;
-        }
+    tuned_sets_narrow(t->sets, &t->w->blocks[t->layer]);
     return rc ? rc : step_all(t, &(struct step){.begin = true});
 }
 
@@ -413,9 +296,9 @@ static int pass(const struct tuner *t, const struct capture *c, const int64_t *s
 {
     const struct backend *b = backend_of(t);
     const int64_t length = t->data->length;
-    struct block_tape tape;
+    struct block_tape tape = t->tape;
     struct block_grads grads;
-    for (int k = 0; k < N_FUSED; k++)
+    for (int k = 0; k < N_BLOCK_SETS; k++)
         grads.sets[k] = t->sets[k].n_pieces ? t->sets[k].gradient : (struct mat){0};
     int rc = fetch(t, c, samples, n, &tape);
     if (!rc)
@@ -541,32 +424,32 @@ int tuner_run(struct tuner *t, const struct capture *c, struct tune_stats *stats
     return rc ? rc : work_spent(t->clock, b, WORK_TUNE);
 }
 
-int tuner_measure(struct tuner *t, enum gemma_fused kind, int piece, double *weight_errors, double *clipped)
+int tuner_measure(struct tuner *t, const struct set *set, const struct piece *p, double *weight_errors,
+                  double *clipped)
 {
     const struct backend *b = backend_of(t);
-    const struct tuned_set *s = &t->sets[kind];
-    const struct piece *p = &s->pieces[piece];
+    const struct tuned_set *s = &t->sets[set_in_block(set)];
     struct numbers *device = t->numbers.device;
     const struct numbers *host = t->numbers.host;
-    struct tune_views u;
-    view_piece(t, s, piece, &u);
-    int rc = b->quant->residual(b, &(struct rounding){&u.w, &u.kept, &u.codes}, &u.gradient);
-    for (int64_t i = 0, row = 0; !rc && i < p->parts.n; row += p->parts.rows[i++]) {
-        const int64_t n = p->parts.rows[i];
-        const struct mat e = mat_rows(&u.gradient, row, n), w = mat_rows(&u.w, row, n),
-                         codes = mat_rows(&u.codes, row, n);
-        const struct qmat q = grid(s, &s->kept_scales, &s->kept_zeros, p->row + row, n);
-        rc = b->core->dot(b, &e, &e, &device->sums[i][0]);
+    int rc = 0;
+    for (int64_t i = 0, row = tuned_first_row(set) + p->row; !rc && i < p->parts.n;
+         row += p->parts.rows[i++]) {
+        struct tune_views u;
+        view_rows(t, s, row, p->parts.rows[i], &u);
+        const struct rounding r = {&u.w, &u.kept, &u.codes};
+        rc = b->quant->residual(b, &r, &u.gradient);
         if (!rc)
-            rc = b->core->dot(b, &w, &w, &device->sums[i][1]);
+            rc = b->core->dot(b, &u.gradient, &u.gradient, &device->sums[i][0]);
         if (!rc)
-            rc = b->quant->count_clipped(b, &(struct rounding){&w, &q, &codes}, &device->clipped[i]);
+            rc = b->core->dot(b, &u.w, &u.w, &device->sums[i][1]);
+        if (!rc)
+            rc = b->quant->count_clipped(b, &r, &device->clipped[i]);
     }
     if (!rc)
         rc = b->core->stage_out(b, &t->numbers, 0, sizeof(struct numbers));
     for (int i = 0; !rc && i < p->parts.n; i++) {
         weight_errors[i] = host->sums[i][1] > 0 ? host->sums[i][0] / host->sums[i][1] : 0;
-        clipped[i] = (double)host->clipped[i] / (double)(p->parts.rows[i] * s->set.cols);
+        clipped[i] = (double)host->clipped[i] / (double)(p->parts.rows[i] * set->cols);
     }
     return rc;
 }

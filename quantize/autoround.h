@@ -3,7 +3,10 @@
  *
  * Of a weight w with scale s, the code is the nearest to w/s + v. In the original v begins at 0, and a group's scale
  * spans its range from low·min to high·max. Here both begin where GPTQ ended: s = start·high, and v is just beyond the
- * boundary where GPTQ's code is not the nearest. That start is worth more than three times the iterations. */
+ * boundary where GPTQ's code is not the nearest. That start is worth more than three times the iterations.
+ *
+ * All experts of a block are tuned with the rest of it, each by the tokens that come to it in a mini-batch; one without any
+ * stays as it is. */
 #ifndef GEMCUT_QUANTIZE_AUTOROUND_H
 #define GEMCUT_QUANTIZE_AUTOROUND_H
 
@@ -28,13 +31,13 @@ void tuner_close(struct tuner *t);
 int tuner_begin(struct tuner *t, int layer);
 int tuner_restore(struct tuner *t);
 
-/* Where the start of rows [row, row + n) of a set is to be put (TUNE_FROM_CODES), and where the result is afterwards:
- * codes I8, q − zero; scales and zero points. */
+/* Where the start of rows [row, row + n) of a set, an expert's too, is to be put (TUNE_FROM_CODES), and where the result is
+ * afterwards: codes I8, q − zero; scales and zero points. */
 struct tuned_weight {
     struct mat codes;
     struct qmat q; /* packed is not used */
 };
-struct tuned_weight tuner_weight(const struct tuner *t, enum gemma_fused kind, int64_t row, int64_t n);
+struct tuned_weight tuner_weight(const struct tuner *t, const struct set *set, int64_t row, int64_t n);
 
 /* Tunes the block. losses [iterations], host: of every iteration's mini-batch, or NULL. The block's weights are some
  * iterate's afterwards. */
@@ -42,6 +45,7 @@ int tuner_run(struct tuner *t, const struct capture *c, struct tune_stats *stats
 
 /* Of the result, for each part of a piece of a set: Σ (w − ŵ)² / Σ w², and the share of weights beyond their group's
  * codes. */
-int tuner_measure(struct tuner *t, enum gemma_fused kind, int piece, double *weight_errors, double *clipped);
+int tuner_measure(struct tuner *t, const struct set *set, const struct piece *piece, double *weight_errors,
+                  double *clipped);
 
 #endif

@@ -192,16 +192,16 @@ int calibrate_check_finite(const struct run *r, const struct solver *v, const st
 }
 
 /* Scales and zero points. */
-static int copy_grid(const struct run *r, const struct qmat *to, const struct qmat *from)
+static int copy_grid(const struct backend *b, const struct qmat *to, const struct qmat *from)
 {
     const size_t n = (size_t)(from->scales.rows * from->scales.cols);
-    const int rc = r->b->core->copy(r->b, to->scales.data, from->scales.data, n * sizeof(uint16_t));
-    return rc || !from->zeros.data ? rc : r->b->core->copy(r->b, to->zeros.data, from->zeros.data, n);
+    const int rc = b->core->copy(b, to->scales.data, from->scales.data, n * sizeof(uint16_t));
+    return rc || !from->zeros.data ? rc : b->core->copy(b, to->zeros.data, from->zeros.data, n);
 }
 
 /* Codes under the Hessian take the weights' place; a tuning gets them as its start, else they are the result. */
-int calibrate_solve(struct run *r, const struct solver *v, enum gemma_fused kind, struct linear_set *l,
-                    const struct mat *h, struct result *result)
+int calibrate_solve(struct run *r, const struct solver *v, struct linear_set *l, const struct mat *h,
+                    struct result *result)
 {
     const struct set *s = &result->set;
     struct piece pieces[GPTQ_MAX_PARTS];
@@ -215,13 +215,13 @@ int calibrate_solve(struct run *r, const struct solver *v, enum gemma_fused kind
         const struct piece *p = &pieces[i];
         const struct qmat q = set_result_at(s, v->codes.ptr, p->row, p->rows);
         const struct tuned_weight start =
-            r->tuner ? tuner_weight(r->tuner, kind, p->row, p->rows) : (struct tuned_weight){0};
+            r->tuner ? tuner_weight(r->tuner, s, p->row, p->rows) : (struct tuned_weight){0};
         rc = gptq_quantize(v->gptq, &p->linear->weight, &q, &p->parts, r->tuner ? &start.codes : NULL,
                            &result->stats[p->first]);
         if (!rc)
             rc = replace_weight(v->b, p->linear, &q);
         if (!rc && r->tuner)
-            rc = copy_grid(r, &start.q, &q);
+            rc = copy_grid(v->b, &start.q, &q);
     }
     return rc;
 }
@@ -267,7 +267,7 @@ static int solve_set(struct run *r, int layer, enum gemma_fused kind, struct res
     int rc = r->b->core->zero(r->b, &h);
     if (!rc)
         rc = capture_inputs(r->capture, layer, kind, &h);
-    return rc ? rc : calibrate_solve(r, &r->solver, kind, l, &h, result);
+    return rc ? rc : calibrate_solve(r, &r->solver, l, &h, result);
 }
 
 static int run_set(struct run *r, int layer, enum gemma_fused kind)
@@ -290,25 +290,24 @@ static int run_set(struct run *r, int layer, enum gemma_fused kind)
 
 /* --- a block under tuning --------------------------------------------------------------------------------------- */
 
-/* The tuning's codes in the result's form, in place of the weights, and on their way out. */
-static int finish_set(struct run *r, int layer, enum gemma_fused kind, struct result *result)
+int calibrate_finish(struct run *r, struct linear_set *l, struct result *result)
 {
     const struct set *s = &result->set;
     struct piece pieces[GPTQ_MAX_PARTS];
-    const int n = set_pieces(s, set_place(&r->weights.blocks[layer], kind, SET_DENSE), pieces);
+    const int n = set_pieces(s, l, pieces);
     int rc = 0;
     for (int i = 0; !rc && i < n; i++) {
         const struct piece *p = &pieces[i];
         const struct qmat q = set_result_at(s, r->solver.codes.ptr, p->row, p->rows);
-        const struct tuned_weight tuned = tuner_weight(r->tuner, kind, p->row, p->rows);
+        const struct tuned_weight tuned = tuner_weight(r->tuner, s, p->row, p->rows);
         double errors[GPTQ_MAX_PARTS], clipped[GPTQ_MAX_PARTS];
-        rc = tuner_measure(r->tuner, kind, i, errors, clipped);
+        rc = tuner_measure(r->tuner, s, p, errors, clipped);
         for (int k = 0; !rc && k < p->parts.n; k++) {
             result->stats[p->first + k].weight_error = errors[k];
             result->stats[p->first + k].clipped = clipped[k];
         }
         if (!rc)
-            rc = copy_grid(r, &q, &tuned.q);
+            rc = copy_grid(r->b, &q, &tuned.q);
         if (!rc)
             rc = r->b->quant->pack_codes(r->b, &tuned.codes, &q);
         if (!rc)
@@ -327,6 +326,8 @@ static int take_known_block(struct run *r, int layer, const struct result result
         if (set_quantized(&results[k].set))
             known = calibrate_take_known(
                 r, &results[k].set, set_place(&r->weights.blocks[layer], (enum gemma_fused)k, SET_DENSE));
+    if (known > 0 && r->m->gemma.n_experts)
+        known = calibrate_recall_experts(r, layer);
     const int rc = known ? 0 : tuner_restore(r->tuner);
     return rc ? rc : known;
 }
@@ -334,18 +335,24 @@ static int take_known_block(struct run *r, int layer, const struct result result
 static int tune_block(struct run *r, int layer, struct result results[N_FUSED])
 {
     const double start = clock_seconds();
+    const bool solves = calibrate_solves(&r->o->tune), experts = r->m->gemma.n_experts > 0;
     struct calibrated_block block = {.layer = layer, .losses = r->losses, .n = r->o->tune.iterations};
     int rc = 0;
-    for (int k = 0; !rc && r->solver.gptq && k < N_FUSED; k++)
+    for (int k = 0; !rc && solves && k < N_FUSED; k++)
         rc = set_quantized(&results[k].set) ? solve_set(r, layer, (enum gemma_fused)k, &results[k])
                                             : capture_inputs(r->capture, layer, (enum gemma_fused)k, NULL);
+    if (!rc && solves && experts)
+        rc = calibrate_start_experts(r, layer);
     if (!rc)
         rc = tuner_run(r->tuner, r->capture, &block.stats, r->losses);
     for (int k = 0; !rc && k < N_FUSED; k++)
         if (set_quantized(&results[k].set)) {
             results[k].tuned = block.stats;
-            rc = finish_set(r, layer, (enum gemma_fused)k, &results[k]);
+            rc = calibrate_finish(r, set_place(&r->weights.blocks[layer], (enum gemma_fused)k, SET_DENSE),
+                                  &results[k]);
         }
+    if (!rc && experts)
+        rc = calibrate_finish_experts(r, layer, &block.stats);
     block.seconds = clock_seconds() - start;
     if (!rc && r->events->on_block)
         r->events->on_block(r->events->ctx, &block);
@@ -366,6 +373,8 @@ static int run_tuned_block(struct run *r, int layer)
         quantized = true;
         rc = calibrate_check_finite(r, &r->solver, &results[k].set, l, results[k].n_nonfinite);
     }
+    if (!rc && r->m->gemma.n_experts)
+        rc = calibrate_begin_experts(r, layer, &quantized);
     if (!rc)
         rc = tuner_begin(r->tuner, layer);
     if (!rc)
@@ -411,6 +420,8 @@ int calibrate_run(const struct model *m, const struct recipe_plan *plan, const s
     int rc = open_run(&r, data);
     for (int layer = 0; !rc && layer < (int)m->gemma.n_layers; layer++)
         rc = run_block(&r, layer);
+    if (!rc)
+        calibrate_warn_of_starved(&r);
     if (!rc)
         rc = outbox_wait(r.outbox);
     if (!rc)

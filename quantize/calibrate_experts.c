@@ -52,6 +52,13 @@ int calibrate_open_experts(struct run *r, const struct calibrate_plan *plan)
         return 0;
     x->at_once = plan->experts_at_once;
     x->fewest = INT64_MAX;
+    if (r->o->tune.iterations) {
+        x->results = mem_alloc(2 * (size_t)r->m->gemma.n_experts, sizeof *x->results, "experts' results");
+        if (!x->results)
+            return ERR_MEMORY;
+    }
+    if (!calibrate_solves(&r->o->tune))
+        return 0;
     pthread_mutex_init(&x->lock, NULL);
     int rc = parallel_open(&x->pool, calibrate_expert_workers(r->b));
     if (rc < 0)
@@ -86,6 +93,7 @@ void calibrate_close_experts(struct run *r)
     parallel_close(x->pool);
     free(x->list);
     free(x->backends);
+    free(x->results);
 }
 
 /* --- some experts of a layer ------------------------------------------------------------------------------------ */
@@ -98,6 +106,12 @@ struct expert_job {
     const bool *known; /* [experts] */
 };
 
+/* Kept until the end of a tuning. */
+static struct result *kept_result(const struct run *r, enum gemma_fused kind, int expert)
+{
+    return &r->experts.results[(kind == FUSED_DOWN) * r->m->gemma.n_experts + expert];
+}
+
 static int solve_expert(void *ctx, size_t index, int worker)
 {
     const struct expert_job *j = ctx;
@@ -108,19 +122,24 @@ static int solve_expert(void *ctx, size_t index, int worker)
     const struct mat all = {r->experts.hessian.ptr, DTYPE_F32, (int64_t)r->experts.at_once * j->cols, j->cols,
                             j->cols},
                      h = mat_rows(&all, (int64_t)index * j->cols, j->cols);
-    struct result result = {.set = set_find(r->plan, j->layer, j->kind, expert)};
+    struct result own = {0}, *result = r->tuner ? kept_result(r, j->kind, expert) : &own;
+    int rc = 0;
     if (j->known[expert])
         return 0;
-    int rc = calibrate_check_finite(r, v, &result.set, l, result.n_nonfinite);
+    if (!r->tuner) {
+        own.set = set_find(r->plan, j->layer, j->kind, expert);
+        rc = calibrate_check_finite(r, v, &own.set, l, own.n_nonfinite);
+    }
     if (!rc)
-        rc = calibrate_solve(r, v, j->kind, l, &h, &result);
+        rc = calibrate_solve(r, v, l, &h, result);
     if (!rc)
         rc = v->b->core->wait(v->b);
-    for (int i = 0; i < result.set.n; i++)
-        result.stats[i].n_tokens = capture_expert_tokens(r->capture, expert);
+    for (int i = 0; i < result->set.n; i++)
+        result->stats[i].n_tokens = capture_expert_tokens(r->capture, expert);
+    if (rc || r->tuner)
+        return rc;
     pthread_mutex_lock(&r->experts.lock);
-    if (!rc)
-        rc = calibrate_send(r, v, &result);
+    rc = calibrate_send(r, v, result);
     pthread_mutex_unlock(&r->experts.lock);
     return rc;
 }
@@ -181,7 +200,7 @@ static void note_starved(struct run *r, int layer)
     }
 }
 
-static void warn_of_starved(const struct run *r)
+void calibrate_warn_of_starved(const struct run *r)
 {
     const struct expert_solvers *x = &r->experts;
     if (x->n_starved)
@@ -192,9 +211,10 @@ static void warn_of_starved(const struct run *r)
             (long long)x->n_seen, (long long)x->fewest, x->fewest_layer, x->fewest_expert);
 }
 
+static const enum gemma_fused kinds[2] = {FUSED_GATE_UP, FUSED_DOWN};
+
 int calibrate_run_experts(struct run *r, int layer)
 {
-    static const enum gemma_fused kinds[2] = {FUSED_GATE_UP, FUSED_DOWN};
     const struct set some = set_find(r->plan, layer, FUSED_GATE_UP, 0);
     bool *known = mem_alloc((size_t)r->m->gemma.n_experts, sizeof *known, "experts");
     int rc = known ? capture_route(r->capture, layer) : ERR_MEMORY;
@@ -205,8 +225,67 @@ int calibrate_run_experts(struct run *r, int layer)
     }
     if (!rc && set_quantized(&some))
         note_starved(r, layer);
-    if (!rc && layer + 1 == (int)r->m->gemma.n_layers)
-        warn_of_starved(r);
     free(known);
+    return rc;
+}
+
+/* --- a block under tuning ----------------------------------------------------------------------------------------- */
+
+static bool experts_quantized(const struct run *r, int layer)
+{
+    const struct set some = set_find(r->plan, layer, FUSED_GATE_UP, 0);
+    return set_quantized(&some);
+}
+
+int calibrate_begin_experts(struct run *r, int layer, bool *quantized)
+{
+    int rc = 0;
+    if (!experts_quantized(r, layer))
+        return 0;
+    *quantized = true;
+    for (int i = 0; !rc && i < 2 * (int)r->m->gemma.n_experts; i++) {
+        const enum gemma_fused kind = kinds[i % 2];
+        struct result *result = kept_result(r, kind, i / 2);
+        *result = (struct result){.set = set_find(r->plan, layer, kind, i / 2)};
+        rc = calibrate_check_finite(r, &r->solver, &result->set,
+                                    set_place(&r->weights.blocks[layer], kind, i / 2), result->n_nonfinite);
+    }
+    return rc;
+}
+
+int calibrate_recall_experts(struct run *r, int layer)
+{
+    int known = 1;
+    for (int i = 0; experts_quantized(r, layer) && known > 0 && i < 2 * (int)r->m->gemma.n_experts; i++) {
+        const enum gemma_fused kind = kinds[i % 2];
+        known = calibrate_take_known(r, &kept_result(r, kind, i / 2)->set,
+                                     set_place(&r->weights.blocks[layer], kind, i / 2));
+    }
+    return known;
+}
+
+int calibrate_start_experts(struct run *r, int layer)
+{
+    if (!experts_quantized(r, layer))
+        return 0;
+    bool *known = mem_alloc((size_t)r->m->gemma.n_experts, sizeof *known, "experts"); /* none */
+    int rc = known ? capture_route(r->capture, layer) : ERR_MEMORY;
+    for (int k = 0; !rc && k < 2; k++)
+        rc = run_kind(r, layer, kinds[k], known);
+    if (!rc)
+        note_starved(r, layer);
+    free(known);
+    return rc;
+}
+
+int calibrate_finish_experts(struct run *r, int layer, const struct tune_stats *stats)
+{
+    int rc = 0;
+    for (int i = 0; experts_quantized(r, layer) && !rc && i < 2 * (int)r->m->gemma.n_experts; i++) {
+        const enum gemma_fused kind = kinds[i % 2];
+        struct result *result = kept_result(r, kind, i / 2);
+        result->tuned = *stats;
+        rc = calibrate_finish(r, set_place(&r->weights.blocks[layer], kind, i / 2), result);
+    }
     return rc;
 }

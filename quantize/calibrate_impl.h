@@ -34,10 +34,11 @@ struct expert_solvers {
     int n;              /* of them that are open */
     struct buf hessian; /* of `at_once` experts */
     int at_once;
-    pthread_mutex_t lock; /* of the outbox, and of the following */
-    int64_t n_seen;       /* experts of all layers that are quantized, … */
-    int64_t n_starved;    /* … and those of them that had fewer tokens than the floor */
-    int64_t fewest;       /* of any, … */
+    struct result *results; /* [2][experts] of a block under tuning: gate and up, down */
+    pthread_mutex_t lock;   /* of the outbox, and of the following */
+    int64_t n_seen;         /* experts of all layers that are quantized, … */
+    int64_t n_starved;      /* … and those of them that had fewer tokens than the floor */
+    int64_t fewest;         /* of any, … */
     int fewest_layer, fewest_expert;
 };
 
@@ -67,8 +68,10 @@ void solver_close(struct solver *s);
 int calibrate_check_finite(const struct run *r, const struct solver *v, const struct set *s,
                            struct linear_set *l, int64_t *n_nonfinite);
 /* Codes under the Hessian take the weights' place; a tuning gets them as its start, else they are the result. */
-int calibrate_solve(struct run *r, const struct solver *v, enum gemma_fused kind, struct linear_set *l,
-                    const struct mat *h, struct result *result);
+int calibrate_solve(struct run *r, const struct solver *v, struct linear_set *l, const struct mat *h,
+                    struct result *result);
+/* The tuning's codes in the result's form, in place of the weights, and on their way out. */
+int calibrate_finish(struct run *r, struct linear_set *l, struct result *result);
 /* One at a time. */
 int calibrate_send(struct run *r, const struct solver *v, const struct result *result);
 /* 1: the whole set's result was known and has taken its place. */
@@ -80,9 +83,17 @@ size_t calibrate_expert_sizes(const struct recipe_plan *plan, struct gptq_size o
 int calibrate_expert_workers(const struct backend *b);
 int calibrate_open_experts(struct run *r, const struct calibrate_plan *plan);
 void calibrate_close_experts(struct run *r);
+void calibrate_warn_of_starved(const struct run *r); /* in all layers so far */
 
 /* All experts of a layer whose other sets are done. */
 int calibrate_run_experts(struct run *r, int layer);
+
+/* The same step by step, of a block under tuning. Whether there is anything to quantize, all of it finite. 1: all of it was
+ * known and has taken its place. Codes to begin with. The results, after the tuning that has these statistics. */
+int calibrate_begin_experts(struct run *r, int layer, bool *quantized);
+int calibrate_recall_experts(struct run *r, int layer);
+int calibrate_start_experts(struct run *r, int layer);
+int calibrate_finish_experts(struct run *r, int layer, const struct tune_stats *stats);
 
 /* Whether codes are found under Hessians. */
 static inline bool calibrate_solves(const struct tune_options *tune)

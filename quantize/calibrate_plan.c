@@ -42,10 +42,11 @@ static uint64_t solver_bytes(const struct backend *b, const struct gptq_size *si
 }
 
 /* Of what quantizes experts: Hessians of as many, and the solvers. */
-static uint64_t experts_bytes(const struct recipe_plan *plan, const struct backend *b, int at_once)
+static uint64_t experts_bytes(const struct recipe_plan *plan, const struct backend *b,
+                              const struct tune_options *tune, int at_once)
 {
     struct gptq_size sizes[EXPERT_SIZES];
-    const size_t n = calibrate_expert_sizes(plan, sizes);
+    const size_t n = calibrate_solves(tune) ? calibrate_expert_sizes(plan, sizes) : 0;
     const struct result_bytes result = sets_largest_result(plan);
     int64_t cols = 0;
     for (size_t i = 0; i < n; i++)
@@ -122,10 +123,10 @@ int calibrate_plan(struct calibrate_plan *out, const struct model *m, const stru
     uint64_t experts = 0;
     *out = (struct calibrate_plan){0};
     for (int n = n_experts; !rc && (n || !n_experts); n /= 2) {
-        experts = experts_bytes(plan, b, n);
+        experts = experts_bytes(plan, b, tune, n);
         rc = share_out(out, m, plan, b, data, tune, without(allowed, other + experts + reserved), &tuning);
         out->experts_at_once = n;
-        if (!n || out->capture.device_bytes + other + experts + reserved <= allowed)
+        if (!n || out->capture.device_bytes + other + tuning + experts + reserved <= allowed)
             break;
     }
     if (rc < 0)
@@ -185,17 +186,21 @@ static double tuning_work(const struct tune_options *tune, const struct dataset 
 }
 
 /* Multiplications of experts, each of which sees its share of the tokens; their inner parts are computed twice. */
-static double experts_work(const struct model *m, const struct recipe_plan *plan, double tokens, int passes)
+static double experts_work(const struct model *m, const struct recipe_plan *plan, const struct dataset *data,
+                           const struct tune_options *tune, int passes)
 {
     const struct gemma_config *c = &m->gemma;
     static const enum gemma_fused kinds[2] = {FUSED_GATE_UP, FUSED_DOWN};
+    const double share = (double)c->top_k / (double)c->n_experts,
+                 tokens = (double)(data->samples * data->length) * share;
     double work = 0;
-    for (int i = 0; c->n_experts && i < 2 * (int)c->n_layers; i++) {
+    for (int i = 0; i < 2 * (int)c->n_layers; i++) {
         const struct set s = set_find(plan, i / 2, kinds[i % 2], 0);
         const double rows = (double)s.rows, cols = (double)s.cols;
-        if (set_quantized(&s))
-            work += (2 * rows * cols + cols * cols) * tokens * (double)c->top_k / (double)c->n_experts +
-                    cols * cols * cols + 6 * (4 + passes) * rows * cols * cols;
+        work += 2 * tuning_work(tune, data, rows * cols * share);
+        if (set_quantized(&s) && calibrate_solves(tune))
+            work += (2 * rows * cols + cols * cols) * tokens + cols * cols * cols +
+                    6 * (4 + passes) * rows * cols * cols;
     }
     return work * (double)c->n_experts;
 }
@@ -216,7 +221,7 @@ int calibrate_estimate(const struct model *m, const struct recipe_plan *plan, co
                 work +=
                     1.2 * cols * cols * tokens + cols * cols * cols + 6 * (4 + passes) * rows * cols * cols;
         }
-    work += experts_work(m, plan, tokens, passes);
+    work += m->gemma.n_experts ? experts_work(m, plan, data, tune, passes) : 0;
     const int rc = measure_product(b, m->gemma.hidden_size, &each);
     *seconds = work * each;
     return rc;

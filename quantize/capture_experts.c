@@ -178,7 +178,7 @@ int capture_expert_inputs(struct capture *c, int layer, enum gemma_fused set, in
         if (!rc)
             rc = work_spent(c->clock, b, WORK_FORWARD);
         for (int e = first; !rc && e < first + n; e++) {
-            const struct mat rows = set == FUSED_DOWN ? experts_inner_rows(c->w, layer, room, e)
+            const struct mat rows = set == FUSED_DOWN ? experts_inner_rows(room, e)
                                                       : experts_input_rows(room, e),
                              own = mat_rows(h, (e - first) * h->cols, h->cols);
             if (rows.rows)
@@ -196,6 +196,8 @@ int routes_join(struct step *s)
 {
     struct capture *c = s->c;
     struct routes *r = &c->routes;
+    if (s->alone) /* tokens go where this stream sends them */
+        return experts_add(c->w, s->layer, &r->room, &s->x, &s->branch);
     const struct mat weights = mat_rows(&r->weights, s->batch->first_row, s->batch->rows);
     const int64_t first = s->batch->first_row * weights.cols;
     CHECK(r->layer == s->layer);

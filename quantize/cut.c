@@ -83,17 +83,6 @@ static uint64_t copying_bytes(const struct cut *c)
     return (uint64_t)parallel_workers(c->pool) * pipeline_worker_bytes(c->pipeline);
 }
 
-static int refuse_tuned_experts(const struct cut *c)
-{
-    return c->options.recipe.tune.iterations && c->source.gemma.n_experts
-               ? err_set(
-                     ERR_UNSUPPORTED,
-                     "%s: has a mixture of experts, which --method autoround (and --quality better) does not tune; "
-                     "--method gptq quantizes it",
-                     c->source.folder)
-               : 0;
-}
-
 /* What a calibrated method looks at, and what it will need. */
 static int open_calibration(struct cut *c)
 {
@@ -140,8 +129,6 @@ int cut_open(struct cut **out, const struct cut_options *options)
         rc = model_bind(&c->source, NULL, NULL);
     if (!rc)
         rc = recipe_resolve(&c->plan, &c->options.recipe, &c->source.tensors);
-    if (!rc)
-        rc = refuse_tuned_experts(c);
     if (!rc)
         rc = list_tensors(c);
     if (!rc)

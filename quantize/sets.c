@@ -31,6 +31,25 @@ struct set set_find(const struct recipe_plan *plan, int layer, enum gemma_fused 
     return s;
 }
 
+enum gemma_fused set_kind(int block_set)
+{
+    return block_set < N_FUSED                ? (enum gemma_fused)block_set
+           : block_set == SET_EXPERTS_GATE_UP ? FUSED_GATE_UP
+                                              : FUSED_DOWN;
+}
+
+struct set set_of_block(const struct recipe_plan *plan, int layer, int block_set)
+{
+    return set_find(plan, layer, set_kind(block_set), block_set < N_FUSED ? SET_DENSE : 0);
+}
+
+int set_in_block(const struct set *s)
+{
+    const struct gemma_tensor *t = s->members->tensor;
+    const enum gemma_fused kind = gemma_fused_set(t->role);
+    return t->expert < 0 ? (int)kind : kind == FUSED_DOWN ? SET_EXPERTS_DOWN : SET_EXPERTS_GATE_UP;
+}
+
 bool set_quantized(const struct set *s)
 {
     return s->n && s->members->quantized;

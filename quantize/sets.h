@@ -16,6 +16,10 @@ struct set {
 /* expert: whose set, of a mixture of experts, or SET_DENSE */
 enum { SET_DENSE = -1 };
 struct set set_find(const struct recipe_plan *plan, int layer, enum gemma_fused kind, int expert);
+/* One of enum gemma_fused, or of all experts together: such a set is the first expert's. */
+struct set set_of_block(const struct recipe_plan *plan, int layer, int block_set);
+int set_in_block(const struct set *s); /* which it is, or belongs to */
+enum gemma_fused set_kind(int block_set);
 bool set_quantized(const struct set *s);
 int64_t set_group(const struct set *s); /* columns */
 

@@ -3,6 +3,20 @@
 #include "base/err.h"
 #include "kernels/arena.h"
 
+#include <math.h>
+
+/* An expert may get any share of the tokens' rows. */
+static void place_experts(struct block_tape *t, const struct gemma_config *c, enum dtype act, void *base,
+                          uint64_t *at)
+{
+    const int64_t n = t->x.rows, rows = n * c->top_k;
+    experts_lay_out_kept(&t->experts, base, at, c, act, n, rows);
+    t->joined = arena_take(base, at, act, n, c->hidden_size);
+    t->row_weights = arena_take(base, at, DTYPE_F32, 1, rows);
+    t->dexpert_inner = arena_take(base, at, act, rows, c->expert_size);
+    t->dlogits = arena_take(base, at, act, n, c->n_experts);
+}
+
 uint64_t block_tape_place(struct block_tape *t, const struct gemma_config *c, int layer, enum dtype act,
                           void *base, int64_t sequences, int64_t length)
 {
@@ -39,6 +53,9 @@ uint64_t block_tape_place(struct block_tape *t, const struct gemma_config *c, in
     t->dq = arena_take(base, &at, act, n, heads);
     t->dkeys = arena_take(base, &at, act, n, kv);
     t->dvalues = arena_take(base, &at, act, n, kv);
+    t->joined = t->down;
+    if (c->n_experts)
+        place_experts(t, c, act, base, &at);
     return at;
 }
 
@@ -51,6 +68,18 @@ uint64_t block_tape_bytes(const struct gemma_config *c, enum dtype act, int64_t 
         most = bytes > most ? bytes : most;
     }
     return most;
+}
+
+int block_tape_open(struct block_tape *t, const struct gemma_config *c, int64_t sequences, int64_t length)
+{
+    t->experts.max_tokens = sequences * length;
+    t->experts.max_rows = t->experts.max_tokens * c->top_k;
+    return experts_open(&t->experts, c);
+}
+
+void block_tape_close(struct block_tape *t)
+{
+    experts_close(&t->experts);
 }
 
 static size_t bytes_of(const struct mat *m)
@@ -88,8 +117,12 @@ int block_grad_forward(const struct weights *w, int layer, struct block_tape *t)
         rc = block_mlp(w, layer, &t->mlp_normed, &t->gate_up, &t->inner);
     if (!rc)
         rc = linear_set_forward(b, &k->down, &t->inner, &t->down);
+    if (!rc && k->n_experts)
+        rc = b->core->copy(b, t->joined.data, t->down.data, bytes_of(&t->down));
+    if (!rc && k->n_experts)
+        rc = experts_add(w, layer, &t->experts, &t->middle, &t->joined);
     if (!rc) /* the norm that follows belongs to the next block; its result is not kept */
-        rc = add_branch(w, &t->middle, &t->down, &k->post_mlp_norm, &t->out, NULL, &t->dbranch);
+        rc = add_branch(w, &t->middle, &t->joined, &k->post_mlp_norm, &t->out, NULL, &t->dbranch);
     if (!rc && k->ple_gate.data)
         rc = block_add_input(w, layer, &t->input, &t->added, &t->out, &t->dbranch);
     return rc || k->scalar == 1 ? rc : b->core->scale(b, k->scalar, &t->out, false, &t->out);
@@ -158,6 +191,94 @@ static int end_backward(const struct weights *w, int layer, const struct block_t
     return rc ? rc : b->core->scale(b, 1, &t->dbranch, true, &t->dx);
 }
 
+/* --- experts ------------------------------------------------------------------------------------------------------ */
+
+/* An expert's linears, from dy to dx, [rows of all experts, …] each; rows of an expert are rows of dw. */
+static int expert_set_backward(const struct weights *w, int layer, const struct block_tape *t, int set,
+                               const struct mat *dy, const struct mat *x, const struct mat *dx, bool add,
+                               const struct mat *dw)
+{
+    const struct block *k = &w->blocks[layer];
+    int rc = 0;
+    for (int e = 0; !rc && e < k->n_experts; e++) {
+        const struct linear_set *s = set == SET_EXPERTS_DOWN ? &k->experts[e].down : &k->experts[e].gate_up;
+        const struct mat rows = experts_rows(&t->experts, dy, e), in = experts_rows(&t->experts, x, e),
+                         out = experts_rows(&t->experts, dx, e);
+        const struct mat own = dw->data ? mat_rows(dw, e * s->whole.weight.rows, s->whole.weight.rows) : *dw;
+        rc = set_backward(w->backend, s, &rows, &in, rows.rows ? &out : NULL, add, &own);
+    }
+    return rc;
+}
+
+/* From the sum's gradient, in t->joined, to that of every expert's inputs, which takes the results' place. */
+static int rows_backward(const struct weights *w, int layer, struct block_tape *t, bool add,
+                         const struct block_grads *g)
+{
+    const struct backend *b = w->backend;
+    const struct experts_room *r = &t->experts;
+    const int64_t n = r->max_rows, width = w->blocks[layer].expert_inner;
+    const struct mat gate = mat_cols(&r->gate_up, 0, width), up = mat_cols(&r->gate_up, width, width);
+    const struct mat weights = {r->weights.data, DTYPE_F32, n, 1, 1},
+                     row_weights = {t->row_weights.data, DTYPE_F32, n, 1, 1};
+    int rc = b->core->gather_rows(b, &weights, &r->places, NULL, &row_weights);
+    if (!rc)
+        rc = b->core->gather_rows(b, &t->joined, &r->order, &t->row_weights, &r->results);
+    if (!rc)
+        rc = expert_set_backward(w, layer, t, SET_EXPERTS_DOWN, &r->results, &r->inner, &t->dexpert_inner,
+                                 add, &g->sets[SET_EXPERTS_DOWN]);
+    if (!rc)
+        rc = b->train->geglu_backward(b, &gate, &up, &t->dexpert_inner, &gate, &up);
+    return rc ? rc
+              : expert_set_backward(w, layer, t, SET_EXPERTS_GATE_UP, &r->gate_up, &r->gathered, &r->results,
+                                    add, &g->sets[SET_EXPERTS_GATE_UP]);
+}
+
+/* t->dx gains by what the router read. */
+static int router_backward(const struct weights *w, int layer, struct block_tape *t)
+{
+    const struct backend *b = w->backend;
+    const struct block *k = &w->blocks[layer];
+    const struct experts_room *r = &t->experts;
+    const struct norm_spec spec = block_norm(&w->config);
+    const struct route_tape tape = {r->logits, k->expert_scales, r->chosen, r->results, r->slots};
+    int rc = b->train->route_backward(b, &tape, &t->joined, &r->logits);
+    if (!rc)
+        rc = b->core->scale(b, 1 / sqrtf((float)w->config.hidden_size), &r->logits, false, &t->dlogits);
+    if (!rc)
+        rc = b->train->gemm_dgrad(b, &t->dlogits, &k->router, false, &r->normed);
+    return rc ? rc
+              : b->train->rms_norm_backward(b, &t->middle, &k->router_scale, &spec, &r->normed, &t->dx,
+                                            &t->dx);
+}
+
+/* t->dbranch: from the gradient by t->joined to that by the MLP's result. t->dx gains by what the experts and their router
+ * read. */
+static int experts_backward(const struct weights *w, int layer, struct block_tape *t, bool add,
+                            const struct block_grads *g)
+{
+    const struct backend *b = w->backend;
+    const struct block *k = &w->blocks[layer];
+    const struct experts_room *r = &t->experts;
+    const struct norm_spec spec = block_norm(&w->config);
+    /* what the experts give together is not needed beyond its norm, nor is what came of it */
+    int rc = b->train->rms_norm_backward(b, &r->normed, &k->post_experts_norm, &spec, &t->dbranch, NULL,
+                                         &t->joined);
+    if (!rc)
+        rc = b->train->rms_norm_backward(b, &t->down, &k->post_dense_norm, &spec, &t->dbranch, NULL,
+                                         &t->dbranch);
+    if (!rc)
+        rc = router_backward(w, layer, t);
+    if (!rc)
+        rc = rows_backward(w, layer, t, add, g);
+    if (!rc)
+        rc = b->core->combine_rows(b, &r->results, &r->slots, NULL, &r->normed);
+    return rc ? rc
+              : b->train->rms_norm_backward(b, &t->middle, &k->pre_experts_norm, &spec, &r->normed, &t->dx,
+                                            &t->dx);
+}
+
+/* --- branches ----------------------------------------------------------------------------------------------------- */
+
 static int mlp_backward(const struct weights *w, int layer, struct block_tape *t, bool add,
                         const struct block_grads *g)
 {
@@ -166,7 +287,9 @@ static int mlp_backward(const struct weights *w, int layer, struct block_tape *t
     const struct norm_spec spec = block_norm(&w->config);
     const int64_t width = k->inner;
     const struct mat gate = mat_cols(&t->gate_up, 0, width), up = mat_cols(&t->gate_up, width, width);
-    int rc = branch_backward(w, &t->down, &k->post_mlp_norm, t);
+    int rc = branch_backward(w, &t->joined, &k->post_mlp_norm, t);
+    if (!rc && k->n_experts)
+        rc = experts_backward(w, layer, t, add, g);
     if (!rc)
         rc = set_backward(b, &k->down, &t->dbranch, &t->inner, &t->dinner, add, &g->sets[FUSED_DOWN]);
     if (!rc)

@@ -1,10 +1,12 @@
 /* A decoder block's forward pass with everything kept that its backward pass needs, and that backward pass: gradients
  * with respect to the weights of its linears and, where wanted, to its input. Norm weights are not differentiated, nor are
- * the layer's own input and the weights of 16 bits that it goes through, nor keys and values of another layer. */
+ * the layer's own input and the weights of 16 bits that it goes through, nor keys and values of another layer, nor the
+ * router's weights. Which experts a token is sent to is taken as it is; how much each counts is not. */
 #ifndef GEMCUT_RUNTIME_BLOCK_GRAD_H
 #define GEMCUT_RUNTIME_BLOCK_GRAD_H
 
 #include "runtime/block.h"
+#include "runtime/experts.h"
 
 /* What the forward pass keeps, [tokens, …], act where nothing is said. */
 struct block_tape {
@@ -18,11 +20,20 @@ struct block_tape {
     struct mat o, gate_up, inner, down;
     struct block_input input; /* the layer's own, as the caller leaves it in its `input` before every pass */
     struct mat added;         /* what it gives, before its norm */
+    struct experts_room experts;
+    struct mat joined; /* what the MLP and the experts give; without experts, down */
     /* Of the backward pass: */
     struct mat dx;                          /* F32: of the residual stream */
     struct mat dbranch, dinner, dattention; /* of o's and down's results and inputs */
     struct mat dq, dkeys, dvalues;
+    struct mat row_weights, dexpert_inner,
+        dlogits; /* of experts: F32 [1, rows], act [rows, inner], [tokens, experts] */
 };
+
+/* Memory of the host, for up to so many sequences of that length; nothing where the model has no experts. t begins as
+ * zeros. */
+int block_tape_open(struct block_tape *t, const struct gemma_config *c, int64_t sequences, int64_t length);
+void block_tape_close(struct block_tape *t);
 
 /* Lays a layer's matrices out from base on (NULL: only counts) for so many sequences of that length; returns the
  * bytes. block_tape_bytes: the most that any layer needs. */
@@ -35,7 +46,7 @@ int block_grad_forward(const struct weights *w, int layer, struct block_tape *t)
 
 /* Gradients by the weights of each set of linears, F32 [rows of the set, cols], data NULL: not wanted. */
 struct block_grads {
-    struct mat sets[N_FUSED];
+    struct mat sets[N_BLOCK_SETS];
 };
 
 /* t->dx: the gradient by t->out, and afterwards, with_input, by t->x. add: grads gain, else they are set. What the

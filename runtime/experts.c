@@ -26,6 +26,20 @@ void experts_lay_out(struct experts_room *r, void *base, uint64_t *at, const str
     r->slots = arena_take(base, at, DTYPE_I32, tokens, c->top_k);
     r->gathered = arena_take(base, at, act, rows, h);
     r->gate_up = arena_take(base, at, act, rows, 2 * c->expert_size);
+    r->inner = mat_cols(&r->gate_up, 0, c->expert_size);
+    r->results = r->gathered;
+    r->places = (struct mat){0};
+}
+
+void experts_lay_out_kept(struct experts_room *r, void *base, uint64_t *at, const struct gemma_config *c,
+                          enum dtype act, int64_t tokens, int64_t rows)
+{
+    experts_lay_out(r, base, at, c, act, tokens, rows);
+    if (!c->n_experts)
+        return;
+    r->inner = arena_take(base, at, act, rows, c->expert_size);
+    r->results = arena_take(base, at, act, rows, c->hidden_size);
+    r->places = arena_take(base, at, DTYPE_I32, 1, rows);
 }
 
 int experts_open(struct experts_room *r, const struct gemma_config *c)
@@ -33,7 +47,7 @@ int experts_open(struct experts_room *r, const struct gemma_config *c)
     if (!c->n_experts)
         return 0;
     r->host =
-        mem_alloc((size_t)(2 * r->max_tokens * c->top_k + r->max_rows), sizeof *r->host, "tokens' experts");
+        mem_alloc((size_t)(2 * (r->max_tokens * c->top_k + r->max_rows)), sizeof *r->host, "tokens' experts");
     r->starts = mem_alloc((size_t)c->n_experts + 1, sizeof *r->starts, "tokens' experts");
     return r->host && r->starts ? 0 : ERR_MEMORY;
 }
@@ -73,7 +87,8 @@ int experts_assign(const struct weights *w, int layer, struct experts_room *r, c
     const struct core_ops *core = w->backend->core;
     const struct block *k = &w->blocks[layer];
     const int64_t n = t->n * k->top_k, all = n + t->n_extra;
-    int32_t *order = r->host + r->max_tokens * k->top_k, *slots = order + r->max_rows;
+    int32_t *order = r->host + r->max_tokens * k->top_k, *places = order + r->max_rows,
+            *slots = places + r->max_rows;
     int64_t *next = r->starts; /* shifted by one place, so that placing rows leaves the beginnings */
     CHECK(t->n <= r->max_tokens && all <= r->max_rows);
     memset(next, 0, ((size_t)k->n_experts + 1) * sizeof *next);
@@ -90,10 +105,13 @@ int experts_assign(const struct weights *w, int layer, struct experts_room *r, c
             continue;
         const int64_t row = next[at.expert + 1]++;
         order[row] = at.token;
+        places[row] = (int32_t)i;
         if (i < n)
             slots[i] = (int32_t)row;
     }
-    const int rc = core->upload(w->backend, r->order.data, order, (size_t)all * sizeof *order);
+    int rc = core->upload(w->backend, r->order.data, order, (size_t)all * sizeof *order);
+    if (!rc && r->places.data)
+        rc = core->upload(w->backend, r->places.data, places, (size_t)all * sizeof *places);
     return rc ? rc : core->upload(w->backend, r->slots.data, slots, (size_t)n * sizeof *slots);
 }
 
@@ -109,20 +127,19 @@ int experts_gather(const struct weights *w, int layer, const struct experts_room
     return rc ? rc : b->core->gather_rows(b, &normed, &order, NULL, &gathered);
 }
 
-static struct mat rows_of(const struct experts_room *r, const struct mat *m, int expert)
+struct mat experts_rows(const struct experts_room *r, const struct mat *m, int expert)
 {
     return mat_rows(m, r->starts[expert], r->starts[expert + 1] - r->starts[expert]);
 }
 
 struct mat experts_input_rows(const struct experts_room *r, int expert)
 {
-    return rows_of(r, &r->gathered, expert);
+    return experts_rows(r, &r->gathered, expert);
 }
 
-struct mat experts_inner_rows(const struct weights *w, int layer, const struct experts_room *r, int expert)
+struct mat experts_inner_rows(const struct experts_room *r, int expert)
 {
-    const struct mat rows = rows_of(r, &r->gate_up, expert);
-    return mat_cols(&rows, 0, w->blocks[layer].expert_inner);
+    return experts_rows(r, &r->inner, expert);
 }
 
 int experts_inner(const struct weights *w, int layer, const struct experts_room *r)
@@ -131,14 +148,15 @@ int experts_inner(const struct weights *w, int layer, const struct experts_room 
     const struct block *k = &w->blocks[layer];
     const struct mat all = mat_rows(&r->gate_up, 0, r->starts[k->n_experts]),
                      gate = mat_cols(&all, 0, k->expert_inner),
-                     up = mat_cols(&all, k->expert_inner, k->expert_inner);
+                     up = mat_cols(&all, k->expert_inner, k->expert_inner),
+                     inner = mat_rows(&r->inner, 0, all.rows);
     int rc = 0;
     for (int e = 0; !rc && e < k->n_experts; e++) {
-        const struct mat in = rows_of(r, &r->gathered, e), out = rows_of(r, &r->gate_up, e);
+        const struct mat in = experts_input_rows(r, e), out = experts_rows(r, &r->gate_up, e);
         if (in.rows)
             rc = linear_set_forward(b, &k->experts[e].gate_up, &in, &out);
     }
-    return rc ? rc : b->core->geglu(b, &gate, &up, &gate);
+    return rc ? rc : b->core->geglu(b, &gate, &up, &inner);
 }
 
 int experts_join(const struct weights *w, int layer, const struct experts_room *r, const struct mat *weights,
@@ -152,12 +170,12 @@ int experts_join(const struct weights *w, int layer, const struct experts_room *
                      mixed = mat_rows(&r->normed, 0, tokens);
     int rc = 0;
     for (int e = 0; !rc && e < k->n_experts; e++) {
-        const struct mat in = experts_inner_rows(w, layer, r, e), out = rows_of(r, &r->gathered, e);
+        const struct mat in = experts_inner_rows(r, e), out = experts_rows(r, &r->results, e);
         if (in.rows)
             rc = linear_set_forward(b, &k->experts[e].down, &in, &out);
     }
     if (!rc)
-        rc = b->core->combine_rows(b, &r->gathered, &slots, weights, &mixed);
+        rc = b->core->combine_rows(b, &r->results, &slots, weights, &mixed);
     if (!rc)
         rc = b->core->rms_norm(b, branch, &k->post_dense_norm, &spec, &sum);
     if (!rc) /* the second norm's result is not wanted */

@@ -102,6 +102,10 @@ enum gemma_role {
 /* Linears that a reader fuses into one kernel must be quantized alike. */
 enum gemma_fused { FUSED_QKV, FUSED_O, FUSED_GATE_UP, FUSED_DOWN, N_FUSED };
 
+/* A block's sets of linears where experts are taken together: those of enum gemma_fused; then, each one below the other, the
+ * gates and ups of all experts, and their downs. */
+enum { SET_EXPERTS_GATE_UP = N_FUSED, SET_EXPERTS_DOWN, N_BLOCK_SETS };
+
 /* One tensor of the language part. */
 struct gemma_tensor {
     char *name; /* on disk, with prefix and ".weight" (but for scalars and the router's vectors) */

@@ -174,6 +174,7 @@ const struct train_ops cpu_train_ops = {
     .geglu_backward = cpu_geglu_backward,
     .split_qkv_backward = cpu_split_qkv_backward,
     .attention_backward = cpu_attention_backward,
+    .route_backward = cpu_route_backward,
     .error_backward = cpu_error_backward,
     .keep_best = cpu_keep_best,
     .tune_begin = cpu_tune_begin,

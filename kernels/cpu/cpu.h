@@ -114,6 +114,8 @@ int cpu_split_qkv_backward(const struct backend *b, const struct qkv_spec *spec,
 int cpu_attention_backward(const struct backend *b, const struct attention_spec *spec,
                            const struct attention_tape *tape, const struct mat *dout, const struct mat *dq,
                            const struct mat *dkeys, const struct mat *dvalues);
+int cpu_route_backward(const struct backend *b, const struct route_tape *tape, const struct mat *dout,
+                       const struct mat *dlogits);
 int cpu_error_backward(const struct backend *b, const struct mat *y, const struct mat *target, float factor,
                        double *sum, const struct mat *dy);
 int cpu_keep_best(const struct backend *b, const double *loss, double *best, int32_t *improved);

@@ -1,5 +1,5 @@
 /* Mixtures of experts: which experts a token goes to and how much each counts, rows of tokens side by side for an
- * expert's products, and the experts' results added up again. */
+ * expert's products, and the experts' results added up again; the router's gradient. */
 #include "kernels/cpu/runs.h"
 
 #include "base/err.h"
@@ -152,10 +152,11 @@ static int combine_task(void *ctx, size_t run, int worker)
     const struct combine_job *j = ctx;
     for (int64_t r = (int64_t)run * RUN; r < run_end(run, j->out->rows); r++) {
         const int32_t *slots = (const int32_t *)j->slots->data + r * j->slots->stride;
-        const float *weights = row_of(j->weights, r);
+        const float *weights = j->weights ? row_of(j->weights, r) : NULL;
         for (int64_t k = 0; k < j->slots->cols; k++) {
             CHECK(slots[k] >= 0 && slots[k] < j->y->rows);
-            scale_row(row_of(j->y, slots[k]), weights[k], k > 0, row_of(j->out, r), j->out->cols);
+            scale_row(row_of(j->y, slots[k]), weights ? weights[k] : 1, k > 0, row_of(j->out, r),
+                      j->out->cols);
         }
     }
     return 0;
@@ -165,8 +166,79 @@ int cpu_combine_rows(const struct backend *b, const struct mat *y, const struct 
                      const struct mat *weights, const struct mat *out)
 {
     CHECK(y->dtype == DTYPE_F32 && out->dtype == DTYPE_F32 && y->cols == out->cols);
-    CHECK(slots->dtype == DTYPE_I32 && weights->dtype == DTYPE_F32 && slots->cols > 0);
-    CHECK(slots->rows == out->rows && weights->rows == out->rows && weights->cols == slots->cols);
+    CHECK(slots->dtype == DTYPE_I32 && slots->cols > 0 && slots->rows == out->rows);
+    CHECK(!weights ||
+          (weights->dtype == DTYPE_F32 && weights->rows == out->rows && weights->cols == slots->cols));
     struct combine_job j = {y, slots, weights, out};
     return parallel_for(cpu_state(b)->pool, n_runs(out->rows), combine_task, &j);
+}
+
+/* --- the router's gradient ---------------------------------------------------------------------------------------- */
+
+struct route_backward_job {
+    const struct route_tape *tape;
+    const struct mat *dout, *dlogits;
+};
+
+CPU_CLONES static float dot_rows(const float *x, const float *y, int64_t n)
+{
+    const int64_t whole = n / LANES * LANES;
+    vfloat sums = {0};
+    for (int64_t c = 0; c < whole; c += LANES)
+        sums += vload(x + c) * vload(y + c);
+    float sum = vsum(sums);
+    for (int64_t c = whole; c < n; c++)
+        sum += x[c] * y[c];
+    return sum;
+}
+
+/* With p the softmax over the chosen logits, weights are p·factor; with g = factor·(dout·y) a chosen logit gains by
+ * p·(g − Σ p·g). */
+static void route_row_backward(const struct route_backward_job *j, int64_t row)
+{
+    const struct route_tape *t = j->tape;
+    const int k = (int)t->experts.cols;
+    const int32_t *experts = (const int32_t *)t->experts.data + row * t->experts.stride,
+                  *slots = (const int32_t *)t->slots.data + row * t->slots.stride;
+    const float *logits = row_of(&t->logits, row);
+    float *out = row_of(j->dlogits, row), p[MAX_CHOSEN], g[MAX_CHOSEN], highest = -INFINITY, sum = 0,
+          mean = 0;
+    for (int i = 0; i < k; i++)
+        highest = logits[experts[i]] > highest ? logits[experts[i]] : highest;
+    for (int i = 0; i < k; i++) {
+        float factor[LANES] = {1};
+        CHECK(slots[i] >= 0 && slots[i] < t->y.rows);
+        if (t->factors.data)
+            load_row(&t->factors, 0, experts[i], 1, factor);
+        sum += p[i] = expf(logits[experts[i]] - highest);
+        g[i] = factor[0] * dot_rows(row_of(j->dout, row), row_of(&t->y, slots[i]), t->y.cols);
+    }
+    for (int i = 0; i < k; i++)
+        mean += (p[i] /= sum) * g[i];
+    memset(out, 0, (size_t)j->dlogits->cols * sizeof *out);
+    for (int i = 0; i < k; i++)
+        out[experts[i]] = p[i] * (g[i] - mean);
+}
+
+static int route_backward_task(void *ctx, size_t run, int worker)
+{
+    (void)worker;
+    const struct route_backward_job *j = ctx;
+    for (int64_t r = (int64_t)run * RUN; r < run_end(run, j->dout->rows); r++)
+        route_row_backward(j, r);
+    return 0;
+}
+
+int cpu_route_backward(const struct backend *b, const struct route_tape *tape, const struct mat *dout,
+                       const struct mat *dlogits)
+{
+    const struct route_tape *t = tape;
+    CHECK(t->logits.dtype == DTYPE_F32 && t->experts.dtype == DTYPE_I32 && t->slots.dtype == DTYPE_I32);
+    CHECK(t->y.dtype == DTYPE_F32 && dout->dtype == DTYPE_F32 && dlogits->dtype == DTYPE_F32);
+    CHECK(t->logits.rows == dout->rows && t->experts.rows == dout->rows && t->slots.rows == dout->rows);
+    CHECK(dlogits->rows == dout->rows && dlogits->cols == t->logits.cols && t->y.cols == dout->cols);
+    CHECK(t->experts.cols > 0 && t->experts.cols <= MAX_CHOSEN && t->slots.cols == t->experts.cols);
+    const int rc = t->factors.data ? cpu_check_float(&t->factors, "route_backward") : 0;
+    struct route_backward_job j = {tape, dout, dlogits};
+    return rc < 0 ? rc : parallel_for(cpu_state(b)->pool, n_runs(dout->rows), route_backward_task, &j);
 }

@@ -285,6 +285,7 @@ static struct train_ops make_train_ops(void)
     o.geglu_backward = cuda_geglu_backward;
     o.split_qkv_backward = cuda_split_qkv_backward;
     o.attention_backward = cuda_attention_backward;
+    o.route_backward = cuda_route_backward;
     o.error_backward = cuda_error_backward;
     o.keep_best = cuda_keep_best;
     o.tune_begin = cuda_tune_begin;

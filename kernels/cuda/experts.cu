@@ -1,5 +1,6 @@
 /* Mixtures of experts: which experts a token goes to and how much each counts, rows of tokens side by side for an
- * expert's products, and the experts' results added up again. A warp takes a row, or a piece of one. */
+ * expert's products, and the experts' results added up again; the router's gradient. A warp takes a row, or a piece of
+ * one. */
 #include "kernels/cuda/elements.cuh"
 
 enum {
@@ -245,7 +246,7 @@ struct combine_job {
     const bf16 *y;
     bf16 *out;
     const int32_t *slots;
-    const float *weights;
+    const float *weights; /* NULL: all ones */
     int64_t n, cols, parts, y_stride, out_stride, slots_stride, weights_stride;
     int k;
 };
@@ -256,14 +257,14 @@ template <int V> static __global__ void __launch_bounds__(THREADS) combine_kerne
     if (row >= j.n)
         return;
     const int32_t *slots = j.slots + row * j.slots_stride;
-    const float *weights = j.weights + row * j.weights_stride;
+    const float *weights = j.weights ? j.weights + row * j.weights_stride : NULL;
     float sum[PIECES][V] = {};
     int64_t from[PIECES] = {}; /* beyond the row's end its beginning: loads without a condition overlap */
     for_pieces<V>(part, j.cols, [&](int k, int64_t c) { from[k] = c; });
 #pragma unroll 4
     for (int s = 0; s < j.k; s++) {
         const bf16 *y = j.y + slots[s] * j.y_stride;
-        const float weight = weights[s];
+        const float weight = weights ? weights[s] : 1;
 #pragma unroll
         for (int k = 0; k < PIECES; k++) {
             float e[V];
@@ -280,8 +281,9 @@ template <int V> static __global__ void __launch_bounds__(THREADS) combine_kerne
 extern "C" int cuda_combine_rows(const struct backend *b, const struct mat *y, const struct mat *slots,
                                  const struct mat *weights, const struct mat *out)
 {
-    CHECK(y->cols == out->cols && slots->dtype == DTYPE_I32 && weights->dtype == DTYPE_F32);
-    CHECK(slots->rows == out->rows && weights->rows == out->rows && weights->cols == slots->cols);
+    CHECK(y->cols == out->cols && slots->dtype == DTYPE_I32 && slots->rows == out->rows);
+    CHECK(!weights ||
+          (weights->dtype == DTYPE_F32 && weights->rows == out->rows && weights->cols == slots->cols));
     CHECK(slots->cols > 0 && slots->cols <= INT32_MAX);
     int rc = check_dtype(y, DTYPE_BF16, "combine_rows");
     if (!rc)
@@ -296,8 +298,10 @@ extern "C" int cuda_combine_rows(const struct backend *b, const struct mat *y, c
     j.out_stride = out->stride;
     j.slots = (const int32_t *)slots->data;
     j.slots_stride = slots->stride;
-    j.weights = (const float *)weights->data;
-    j.weights_stride = weights->stride;
+    if (weights) {
+        j.weights = (const float *)weights->data;
+        j.weights_stride = weights->stride;
+    }
     j.n = out->rows;
     j.cols = out->cols;
     j.k = (int)slots->cols;
@@ -305,4 +309,126 @@ extern "C" int cuda_combine_rows(const struct backend *b, const struct mat *y, c
     (pieces ? combine_kernel<8>
             : combine_kernel<1>)<<<blocks_of(j.n * j.parts), THREADS, 0, cuda_state(b)->stream>>>(j);
     return cuda_launched("combine_rows");
+}
+
+/* --- the router's gradient ---------------------------------------------------------------------------------------- */
+
+struct route_backward_job {
+    const bf16 *y, *dout;
+    const float *logits;
+    const void *factors; /* NULL: all ones */
+    enum dtype factors_dtype;
+    const int32_t *experts, *slots;
+    float *dlogits;
+    int64_t n, cols, y_stride, dout_stride, logits_stride, experts_stride, slots_stride, dlogits_stride;
+    int n_experts, k;
+};
+
+/* x·y over the warp, known to every lane. */
+template <int V> static __device__ __forceinline__ float dot_rows(const bf16 *x, const bf16 *y, int64_t n)
+{
+    float sum = 0;
+#pragma unroll 4
+    for (int64_t c = threadIdx.x % 32 * V; c < n; c += 32 * V) {
+        float a[V], b[V];
+        load<bf16, V>(x + c, a);
+        load<bf16, V>(y + c, b);
+#pragma unroll
+        for (int i = 0; i < V; i++)
+            sum += a[i] * b[i];
+    }
+    return warp_sum(sum);
+}
+
+/* With p the softmax over the chosen logits, weights are p·factor; with g = factor·(dout·y) a chosen logit gains by
+ * p·(g − Σ p·g). Lane i has the chosen ones i and i + 32. */
+template <int V>
+static __global__ void __launch_bounds__(THREADS) route_backward_kernel(struct route_backward_job j)
+{
+    const int64_t row = warp_of_grid();
+    const int lane = threadIdx.x % 32;
+    if (row >= j.n)
+        return;
+    const int32_t *experts = j.experts + row * j.experts_stride, *slots = j.slots + row * j.slots_stride;
+    const float *logits = j.logits + row * j.logits_stride;
+    float *out = j.dlogits + row * j.dlogits_stride;
+    float x[2], p[2], g[2] = {}, highest = -INFINITY;
+    for (int s = 0; s < j.k; s++) {
+        const float dot = dot_rows<V>(j.dout + row * j.dout_stride, j.y + slots[s] * j.y_stride, j.cols);
+        g[0] = s == lane ? dot : g[0];
+        g[1] = s == lane + 32 ? dot : g[1];
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int s = lane + 32 * i;
+        x[i] = s < j.k ? logits[experts[s]] : -INFINITY;
+        g[i] *= s < j.k && j.factors ? load_as_float(j.factors, j.factors_dtype, experts[s]) : 1;
+        highest = x[i] > highest ? x[i] : highest;
+    }
+    for (int i = 16; i; i /= 2) {
+        const float other = __shfl_xor_sync(ALL, highest, i);
+        highest = other > highest ? other : highest;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        p[i] = lane + 32 * i < j.k ? expf(x[i] - highest) : 0;
+    const float sum = warp_sum(p[0] + p[1]);
+    const float mean = warp_sum(p[0] / sum * g[0] + p[1] / sum * g[1]);
+    __syncwarp(); /* the logits may lie here */
+    for (int e = lane; e < j.n_experts; e += 32)
+        out[e] = 0;
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        if (lane + 32 * i < j.k)
+            out[experts[lane + 32 * i]] = p[i] / sum * (g[i] - mean);
+}
+
+static struct route_backward_job route_backward_job(const struct route_tape *t, const struct mat *dout,
+                                                    const struct mat *dlogits)
+{
+    struct route_backward_job j = {};
+    j.y = (const bf16 *)t->y.data;
+    j.y_stride = t->y.stride;
+    j.dout = (const bf16 *)dout->data;
+    j.dout_stride = dout->stride;
+    j.logits = (const float *)t->logits.data;
+    j.logits_stride = t->logits.stride;
+    j.factors = t->factors.data;
+    j.factors_dtype = t->factors.dtype;
+    j.experts = (const int32_t *)t->experts.data;
+    j.experts_stride = t->experts.stride;
+    j.slots = (const int32_t *)t->slots.data;
+    j.slots_stride = t->slots.stride;
+    j.dlogits = (float *)dlogits->data;
+    j.dlogits_stride = dlogits->stride;
+    j.n = dout->rows;
+    j.cols = dout->cols;
+    j.n_experts = (int)dlogits->cols;
+    j.k = (int)t->experts.cols;
+    return j;
+}
+
+extern "C" int cuda_route_backward(const struct backend *b, const struct route_tape *tape,
+                                   const struct mat *dout, const struct mat *dlogits)
+{
+    const struct route_tape *t = tape;
+    CHECK(t->logits.dtype == DTYPE_F32 && t->experts.dtype == DTYPE_I32 && t->slots.dtype == DTYPE_I32);
+    CHECK(t->logits.rows == dout->rows && t->experts.rows == dout->rows && t->slots.rows == dout->rows);
+    CHECK(dlogits->rows == dout->rows && dlogits->cols == t->logits.cols && t->y.cols == dout->cols);
+    CHECK(t->experts.cols > 0 && t->experts.cols <= MAX_CHOSEN && t->slots.cols == t->experts.cols);
+    CHECK(dlogits->dtype == DTYPE_F32);
+    int rc = t->factors.data ? cuda_check_float(&t->factors, "route_backward") : 0;
+    if (!rc)
+        rc = check_dtype(&t->y, DTYPE_BF16, "route_backward");
+    if (!rc)
+        rc = check_dtype(dout, DTYPE_BF16, "route_backward");
+    if (rc < 0 || dout->rows == 0)
+        return rc;
+    static_assert(MAX_CHOSEN <= 2 * 32, "two of a row for a lane");
+    const bool pieces = in_pieces(&t->y, 16) && in_pieces(dout, 16);
+    (pieces ? route_backward_kernel<8>
+            : route_backward_kernel<1>)<<<blocks_of(dout->rows), THREADS, 0, cuda_state(b)->stream>>>(
+        route_backward_job(t, dout, dlogits));
+    return cuda_launched("route_backward");
 }

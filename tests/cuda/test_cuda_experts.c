@@ -1,5 +1,5 @@
 /* A device against the CPU: the operations of mixtures of experts, from one token to the sizes of Gemma 4's 26B (128
- * experts, 8 chosen, rows of 2816 and 704), and products and Hessians of ever new numbers of rows, as experts have them.
+ * experts, 8 chosen, rows of 2816 and 704), and products, their gradients and Hessians of ever new numbers of rows, as experts have them.
  *   test_cuda_experts [DEVICE]      default: cuda:0 */
 #include "tests/cuda/parity.h"
 
@@ -188,23 +188,27 @@ static void test_gather_rows(void **state)
 
 struct combine_args {
     struct twin y, slots, weights, out;
+    bool plain; /* without weights */
 };
 
 static int run_combine(const struct backend *b, enum side s, const void *args)
 {
     const struct combine_args *a = args;
-    return b->core->combine_rows(b, &a->y.m[s], &a->slots.m[s], &a->weights.m[s], &a->out.m[s]);
+    return b->core->combine_rows(b, &a->y.m[s], &a->slots.m[s], a->plain ? NULL : &a->weights.m[s],
+                                 &a->out.m[s]);
 }
 
-static void check_combine(struct outcome *o, int64_t n, int64_t cols, int64_t k, int64_t slack)
+static void check_combine(struct outcome *o, int64_t n, int64_t cols, int64_t k, int64_t slack, bool plain)
 {
     const int64_t rows = n * k < 20000 ? n * k : 20000;
     struct combine_args a = {.y = quick_random(ACT, rows, cols, slack),
                              .slots = random_indices(n, k, slack, rows),
                              .weights = twin_random(DTYPE_F32, n, k, slack, 1),
-                             .out = twin_make(ACT, n, cols, slack)};
+                             .out = twin_make(ACT, n, cols, slack),
+                             .plain = plain};
     char text[100];
-    snprintf(text, sizeof text, "%d × %d, %d chosen, slack %d", (int)n, (int)cols, (int)k, (int)slack);
+    snprintf(text, sizeof text, "%d × %d, %d chosen, slack %d%s", (int)n, (int)cols, (int)k, (int)slack,
+             plain ? ", no weights" : "");
     parity_case(run_combine, &a, &(struct result){o, &a.out, false}, 1, text);
     parity_free();
 }
@@ -215,10 +219,11 @@ static void test_combine_rows(void **state)
     static const int64_t widths[] = {1, 101, 256, 264, 704, 2816}, heights[] = {1, 9, 70},
                          chosen[] = {1, 2, 5, 8, 64};
     struct outcome o = {"combine_rows", act_bound, 0, 0};
-    for (size_t i = 0; i < N_OF(widths) * N_OF(heights) * N_OF(chosen) * N_OF(slacks); i++)
-        check_combine(&o, heights[i / 6 % 3], widths[i % 6], chosen[i / 18 % 5], slacks[i / 90]);
-    check_combine(&o, 16384, 704, 8, 0);
-    check_combine(&o, 4096, 2816, 8, 0);
+    for (size_t i = 0; i < N_OF(widths) * N_OF(heights) * N_OF(chosen) * N_OF(slacks) * 2; i++)
+        check_combine(&o, heights[i / 6 % 3], widths[i % 6], chosen[i / 18 % 5], slacks[i / 90 % 3],
+                      i >= 270);
+    check_combine(&o, 16384, 704, 8, 0, false);
+    check_combine(&o, 4096, 2816, 8, 0, true);
     parity_print(&o, "relative L2 error");
 }
 
@@ -253,10 +258,74 @@ static void test_nan_stays(void **state)
     }
 }
 
+/* --- route_backward ----------------------------------------------------------------------------------------------- */
+
+struct route_backward_args {
+    struct twin logits, factors, experts, slots, y, dout, dlogits;
+    bool has_factors;
+};
+
+static int run_route_backward(const struct backend *b, enum side s, const void *args)
+{
+    const struct route_backward_args *a = args;
+    struct route_tape tape = {
+        .logits = a->logits.m[s], .experts = a->experts.m[s], .y = a->y.m[s], .slots = a->slots.m[s]};
+    if (a->has_factors)
+        tape.factors = a->factors.m[s];
+    return b->train->route_backward(b, &tape, &a->dout.m[s], &a->dlogits.m[s]);
+}
+
+/* k different experts of n for each row. */
+static struct twin random_choice(int64_t rows, int64_t n, int64_t k, int64_t slack)
+{
+    struct mat m = {room((size_t)(rows * (k + slack)), sizeof(int32_t)), DTYPE_I32, rows, k, k + slack};
+    for (int64_t r = 0; r < rows; r++) {
+        const int64_t first = (int64_t)(support_random(&random_state) % (uint64_t)(n - k + 1));
+        for (int64_t i = 0; i < k; i++)
+            ((int32_t *)m.data)[r * m.stride + i] = (int32_t)(first + i);
+    }
+    return twin_of(&m);
+}
+
+/* in_place: into the logits */
+static void check_route_backward(struct outcome *o, int64_t n, int64_t cols, const int64_t *size, size_t kind)
+{
+    const int64_t slack = slacks[kind % 3], rows = n * size[1] < 20000 ? n * size[1] : 20000;
+    const size_t factors = kind / 3 % 4;
+    const bool in_place = kind / 12;
+    struct route_backward_args a = {.logits = twin_random(DTYPE_F32, n, size[0], slack, 4),
+                                    .factors = twin_random(float_types[factors % 3], 1, size[0], 0, 2),
+                                    .experts = random_choice(n, size[0], size[1], slack),
+                                    .slots = random_indices(n, size[1], slack, rows),
+                                    .y = quick_random(ACT, rows, cols, slack),
+                                    .dout = quick_random(ACT, n, cols, slack),
+                                    .has_factors = factors < 3};
+    a.dlogits = in_place ? a.logits : twin_make(DTYPE_F32, n, size[0], slack);
+    char text[120];
+    snprintf(text, sizeof text, "%d × %d, %d of %d chosen, slack %d, factors %d%s", (int)n, (int)cols,
+             (int)size[1], (int)size[0], (int)slack, (int)factors, in_place ? ", in place" : "");
+    parity_case(run_route_backward, &a, &(struct result){o, &a.dlogits, false}, 1, text);
+    parity_free();
+}
+
+static void test_route_backward(void **state)
+{
+    (void)state;
+    static const int64_t sizes[][2] = {{8, 2}, {8, 8}, {31, 30}, {128, 8}, {300, 33}, {1024, 64}},
+                         widths[] = {1, 101, 264, 704}, heights[] = {1, 9, 70};
+    struct outcome o = {"route_backward", 2e-5, 0, 0};
+    for (size_t i = 0; i < N_OF(sizes) * N_OF(widths) * N_OF(heights) * 2; i++)
+        for (size_t part = 0; part < 12; part++)
+            check_route_backward(&o, heights[i / 24 % 3], widths[i % 4], sizes[i / 4 % 6],
+                                 part + i / 72 * 12);
+    check_route_backward(&o, 4096, 2816, (const int64_t[]){128, 8}, 0);
+    parity_print(&o, "relative L2 error");
+}
+
 /* --- products of experts ------------------------------------------------------------------------------------------ */
 
 struct product_args {
-    struct twin x, w, out;
+    struct twin x, w, out;  /* gradients: dy, w or x, the result */
     const struct twin_q *q; /* NULL: w */
 };
 
@@ -274,10 +343,22 @@ static int run_hessian(const struct backend *b, enum side s, const void *args)
     return rc ? rc : b->quant->hessian_finish(b, &a->out.m[s]);
 }
 
+static int run_dgrad(const struct backend *b, enum side s, const void *args)
+{
+    const struct product_args *a = args;
+    return b->train->gemm_dgrad(b, &a->x.m[s], &a->w.m[s], false, &a->out.m[s]);
+}
+
+static int run_wgrad(const struct backend *b, enum side s, const void *args)
+{
+    const struct product_args *a = args;
+    return b->train->gemm_wgrad(b, &a->x.m[s], &a->w.m[s], true, &a->out.m[s]);
+}
+
 enum { SORTED = 6000, COLS = 704, OUTPUTS = 264 };
 
 /* An expert's rows, which lie somewhere among those of all experts. */
-static void check_expert(struct outcome o[3], const struct twin *sorted, const struct twin *w,
+static void check_expert(struct outcome o[5], const struct twin *sorted, const struct twin *w,
                          const struct twin_q *q, int64_t n)
 {
     const int64_t first = (int64_t)(support_random(&random_state) % (uint64_t)(SORTED - n + 1));
@@ -289,6 +370,12 @@ static void check_expert(struct outcome o[3], const struct twin *sorted, const s
     parity_case(run_product, &a, &(struct result){&o[1], &a.out, false}, 1, text);
     a.out = twin_random(DTYPE_F32, COLS, COLS, 0, 1);
     parity_case(run_hessian, &a, &(struct result){&o[2], &a.out, false}, 1, text);
+    const struct twin dy = twin_cols(&a.x, 0, OUTPUTS);
+    a = (struct product_args){.x = dy, .w = *w, .out = twin_make(ACT, n, COLS, 0)};
+    parity_case(run_dgrad, &a, &(struct result){&o[3], &a.out, false}, 1, text);
+    a = (struct product_args){
+        .x = dy, .w = twin_rows(sorted, first, n), .out = twin_random(DTYPE_F32, OUTPUTS, COLS, 0, 1)};
+    parity_case(run_wgrad, &a, &(struct result){&o[4], &a.out, false}, 1, text);
 }
 
 static void test_products(void **state)
@@ -298,9 +385,11 @@ static void test_products(void **state)
                                       19,   21,   31,   32,   33,   47,   63,   65,   100,  127,
                                       129,  200,  255,  257,  300,  415,  511,  513,  700,  830,
                                       1000, 1023, 1025, 1151, 1500, 1999, 2000, 4095, 4097, 5003};
-    struct outcome o[3] = {{"gemm of an expert's rows", act_bound, 0, 0},
-                           {"q_gemm of an expert's rows", act_bound, 0, 0},
-                           {"hessian_add of an expert's rows", 2e-5, 0, 0}};
+    struct outcome o[] = {{"gemm of an expert's rows", act_bound, 0, 0},
+                          {"q_gemm of an expert's rows", act_bound, 0, 0},
+                          {"hessian_add of an expert's rows", 2e-5, 0, 0},
+                          {"gemm_dgrad of an expert's rows", act_bound, 0, 0},
+                          {"gemm_wgrad of an expert's rows", 2e-5, 0, 0}};
     for (size_t i = 0; i < N_OF(heights); i++) {
         const struct qmat packed = make_packed(&(struct q_kind){4, 64, false}, OUTPUTS, COLS);
         const struct twin sorted = quick_random(ACT, SORTED, COLS, 0),
@@ -309,9 +398,8 @@ static void test_products(void **state)
         check_expert(o, &sorted, &w, &q, heights[i]);
         parity_free();
     }
-    parity_print(&o[0], "relative L2 error");
-    parity_print(&o[1], "relative L2 error");
-    parity_print(&o[2], "relative L2 error");
+    for (size_t i = 0; i < N_OF(o); i++)
+        parity_print(&o[i], "relative L2 error");
 }
 
 int main(int argc, char **argv)
@@ -323,6 +411,7 @@ int main(int argc, char **argv)
         cmocka_unit_test_teardown(test_gather_rows, parity_clean_up),
         cmocka_unit_test_teardown(test_combine_rows, parity_clean_up),
         cmocka_unit_test_teardown(test_nan_stays, parity_clean_up),
+        cmocka_unit_test_teardown(test_route_backward, parity_clean_up),
         cmocka_unit_test_teardown(test_products, parity_clean_up),
     };
     return parity_main(argc, argv, tests, N_OF(tests));

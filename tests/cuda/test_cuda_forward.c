@@ -214,7 +214,7 @@ static void test_made_up_model(void **state)
 }
 
 /* Every other family with heads as wide as its models have: Gemma 1; 2 with soft caps that bite; 4 with inputs of the
- * layers' own and shared keys and values; 4 with values that are the keys. */
+ * layers' own and shared keys and values; 4 with values that are the keys; the same with a mixture of experts. */
 #define TYPES                                                                                                \
     "\"layer_types\": [\"sliding_attention\", \"full_attention\", \"sliding_attention\", \"full_attention\"], "
 #define WIDE                                                                                                 \
@@ -240,6 +240,16 @@ static const struct tiny_gemma families[] = {
              TYPES "\"attention_k_eq_v\": true, \"hidden_size_per_layer_input\": 0, \"per_layer_config\": "
                    "{\"1\": {\"head_dim\": 512, \"num_key_value_heads\": 1}, "
                    "\"3\": {\"head_dim\": 512, \"num_key_value_heads\": 1}},",
+         .layers = 4,
+         .kv_heads = 2,
+         WIDE},
+    [TINY_GEMMA4_EXPERTS] =
+        {.model_type = "gemma4_text",
+         .more = TYPES
+         "\"attention_k_eq_v\": true, \"hidden_size_per_layer_input\": 0, \"enable_moe_block\": true, "
+         "\"num_experts\": 16, \"top_k_experts\": 4, \"moe_intermediate_size\": 128, \"per_layer_config\": "
+         "{\"1\": {\"head_dim\": 512, \"num_key_value_heads\": 1}, "
+         "\"3\": {\"head_dim\": 512, \"num_key_value_heads\": 1}},",
          .layers = 4,
          .kv_heads = 2,
          WIDE},

@@ -1,8 +1,9 @@
 /* Activations and a target in, a block's gradients out: the program that test_block_grad.py holds against autograd.
  *   grad_dump MODEL LAYER SEQUENCES LENGTH IN.bin OUT.bin
- * IN.bin: FP32 x, then target, [SEQUENCES·LENGTH, hidden] each. OUT.bin: FP32 block(x), then the gradients of
- * mean((block(x) − target)²) by x and by the weights of q, k, v, o, gate, up and down, row by row, in the byte order of
- * the machine. The mean is printed. */
+ * IN.bin: FP32 x, then target, [SEQUENCES·LENGTH, hidden] each; the layer's own input, where it has one; the keys and
+ * values of another layer, where it reads them. OUT.bin: FP32 block(x), then the gradients of mean((block(x) − target)²) by
+ * x and by the weights of q, k, v, o, gate, up and down, those that there are, then of all experts' gates and ups and of
+ * their downs, row by row, in the byte order of the machine. The mean is printed. */
 #include "base/err.h"
 #include "base/mem.h"
 #include "kernels/arena.h"
@@ -23,21 +24,33 @@ struct dump {
     const char *in_path, *out_path;
 };
 
+/* The gradient by a set's weights. */
+static struct mat take_gradient(const struct block *k, int set, char *base, uint64_t *at)
+{
+    const struct linear_set *const dense[N_FUSED] = {&k->qkv, &k->o, &k->gate_up, &k->down};
+    if (set >= N_FUSED && !k->n_experts)
+        return (struct mat){0};
+    const struct linear_set *s = set < N_FUSED             ? dense[set]
+                                 : set == SET_EXPERTS_DOWN ? &k->experts->down
+                                                           : &k->experts->gate_up;
+    int64_t rows = 0;
+    for (int i = 0; i < s->n; i++)
+        rows += s->parts[i].weight.rows;
+    return arena_take(base, at, DTYPE_F32, set < N_FUSED ? rows : rows * k->n_experts, s->parts->weight.cols);
+}
+
 /* Lays everything out from base on (NULL: only counts) and returns the bytes. */
 static uint64_t plan(struct dump *d, char *base)
 {
     const struct gemma_config *c = &d->w->config;
-    const int64_t n = d->sequences * d->length, heads = c->n_heads * c->head_dim,
-                  kv = c->n_kv_heads * c->head_dim, inner = c->intermediate_size;
+    const struct block *k = &d->w->blocks[d->layer];
     uint64_t at =
         block_tape_place(&d->tape, c, d->layer, d->w->backend->activation, base, d->sequences, d->length);
-    d->rope = arena_take(base, &at, DTYPE_F32, d->length, c->head_dim);
-    d->target = arena_take(base, &at, DTYPE_F32, n, c->hidden_size);
+    d->rope = arena_take(base, &at, DTYPE_F32, d->length, k->head_dim);
+    d->target = arena_take(base, &at, DTYPE_F32, d->sequences * d->length, c->hidden_size);
     d->sum = arena_take(base, &at, DTYPE_F64, 1, 1);
-    d->grads.sets[FUSED_QKV] = arena_take(base, &at, DTYPE_F32, heads + 2 * kv, c->hidden_size);
-    d->grads.sets[FUSED_O] = arena_take(base, &at, DTYPE_F32, c->hidden_size, heads);
-    d->grads.sets[FUSED_GATE_UP] = arena_take(base, &at, DTYPE_F32, 2 * inner, c->hidden_size);
-    d->grads.sets[FUSED_DOWN] = arena_take(base, &at, DTYPE_F32, c->hidden_size, inner);
+    for (int s = 0; s < N_BLOCK_SETS; s++)
+        d->grads.sets[s] = take_gradient(k, s, base, &at);
     return at;
 }
 
@@ -47,7 +60,8 @@ static int read_mat(const struct dump *d, const struct mat *m)
     float *host = mem_alloc(n, sizeof *host, d->in_path);
     int rc = host ? 0 : ERR_MEMORY;
     if (!rc && fread(host, sizeof *host, n, d->in) != n)
-        rc = err_set(ERR_FORMAT, "%s: shorter than x and target, %zu values each", d->in_path, n);
+        rc = err_set(ERR_FORMAT, "%s: shorter than what the block reads, %zu values are missing", d->in_path,
+                     n);
     if (!rc)
         rc = d->w->backend->core->upload(d->w->backend, m->data, host, n * sizeof *host);
     free(host);
@@ -83,13 +97,27 @@ static int differentiate(struct dump *d)
         rc = block_grad_backward(d->w, d->layer, t, false, true, &d->grads);
     if (!rc)
         rc = write_mat(d, &t->dx);
-    for (int s = 0; !rc && s < N_FUSED; s++)
+    for (int s = 0; !rc && s < N_BLOCK_SETS && d->grads.sets[s].data; s++)
         rc = write_mat(d, &d->grads.sets[s]);
     if (!rc)
         rc = b->core->download(b, &sum, d->sum.data, sizeof sum);
     if (!rc)
         printf("%.9g\n", sum / n);
     return rc;
+}
+
+static int read_inputs(struct dump *d)
+{
+    const struct block *k = &d->w->blocks[d->layer];
+    const bool reads = k->kv_source != d->layer;
+    int rc = read_mat(d, &d->tape.x);
+    if (!rc)
+        rc = read_mat(d, &d->target);
+    if (!rc && k->ple_gate.data)
+        rc = read_mat(d, &d->tape.input.input);
+    if (!rc && reads)
+        rc = read_mat(d, &d->tape.keys);
+    return rc || !reads ? rc : read_mat(d, &d->tape.values);
 }
 
 static int run(struct dump *d)
@@ -110,11 +138,12 @@ static int run(struct dump *d)
     if (!rc && !(d->out = fopen(d->out_path, "wb")))
         rc = err_errno("%s: cannot create", d->out_path);
     if (!rc)
-        rc = read_mat(d, &d->tape.x);
+        rc = read_inputs(d);
     if (!rc)
-        rc = read_mat(d, &d->target);
+        rc = block_tape_open(&d->tape, &d->w->config, d->sequences, d->length);
     if (!rc)
         rc = differentiate(d);
+    block_tape_close(&d->tape);
     if (d->in)
         fclose(d->in);
     if (d->out && fclose(d->out) && !rc)

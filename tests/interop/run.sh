@@ -89,6 +89,8 @@ logits mm-hub-cut "$tmp/mm-hub"
 behaviour range $tiny --text data/eval/prose.txt
 check "shapes of the models" "$python" tests/interop/test_shapes.py
 check "gradients of the blocks" "$python" tests/interop/test_block_grad.py $tiny --dump "$build/grad_dump"
+check "gradients of every family's blocks" "$python" tests/interop/test_block_grad.py \
+    "$tmp"/{gemma,gemma2,gemma3,gemma4-text,gemma4-e2b,gemma4-31b,gemma4-moe} --dump "$build/grad_dump" --length 40
 
 if [ -z "$data" ]; then
     echo "not run: tokenizer and KL tests (no --data)"

@@ -389,9 +389,10 @@ static struct linear_set whole(int64_t rows)
 /* A step of some weight of that many rows: what ends an iteration. */
 static void step(const struct backend *b, int64_t rows, bool with_gradient)
 {
-    static float w[4 * WIDTH], v[4 * WIDTH], gradient[4 * WIDTH], restored[4 * WIDTH], high[4];
-    static uint16_t scales[4], kept_scales[4];
-    static int8_t codes[4 * WIDTH];
+    enum { ROWS = 12 };
+    static float w[ROWS * WIDTH], v[ROWS * WIDTH], gradient[ROWS * WIDTH], restored[ROWS * WIDTH], high[ROWS];
+    static uint16_t scales[ROWS], kept_scales[ROWS];
+    static int8_t codes[ROWS * WIDTH];
     struct qmat q = {.scales = {scales, DTYPE_BF16, rows, 1, 1}, .bits = 4, .group = WIDTH, .cols = WIDTH};
     struct qmat kept = q;
     kept.scales.data = kept_scales;
@@ -399,7 +400,8 @@ static void step(const struct backend *b, int64_t rows, bool with_gradient)
                      by = f32(gradient, rows, WIDTH), out = f32(restored, rows, WIDTH),
                      factors = f32(high, rows, 1), start = {kept_scales, DTYPE_BF16, rows, 1, 1},
                      best = {codes, DTYPE_I8, rows, WIDTH, WIDTH};
-    for (int i = 0; i < 4; i++)
+    assert_true(rows <= ROWS);
+    for (int i = 0; i < ROWS; i++)
         kept_scales[i] = half_to_bf16(0.5f);
     const struct tuning t = {.w = &weight,
                              .v = &shift,
@@ -454,6 +456,47 @@ static void operations_are_counted(void **state)
     assert_true(first[ROW_COPIES].calls == 0 && second[ROW_COPIES].calls == 0);
     for (int row = 0; row < N_ROWS; row++)
         assert_non_null(profile_row_name(row));
+    backend_close(&cpu);
+}
+
+/* Products of one expert and steps of all of them are their sets', the router's are its own. */
+static void experts_are_counted(void **state)
+{
+    struct expert experts[2] = {{.gate_up = whole(6), .down = whole(5)},
+                                {.gate_up = whole(6), .down = whole(5)}};
+    const struct block block = {.qkv = whole(4),
+                                .o = whole(3),
+                                .gate_up = whole(2),
+                                .down = whole(1),
+                                .n_experts = 2,
+                                .experts = experts,
+                                .router = {NULL, DTYPE_F32, 7, WIDTH, WIDTH}};
+    static float w[7 * WIDTH], x[TOKENS * WIDTH], y[TOKENS * 7];
+    static int32_t chosen[TOKENS];
+    const struct mat in = f32(x, TOKENS, WIDTH), logits = f32(y, TOKENS, 7), weights = f32(y, TOKENS, 1),
+                     experts_of = {chosen, DTYPE_I32, TOKENS, 1, 1};
+    struct profile_iteration iterations[1] = {{{{0}}}};
+    struct profile_log log = {.apart = true, .iterations = iterations, .n = 1};
+    struct bench_profile p;
+    struct backend cpu;
+    (void)state;
+    assert_ok(backend_open(&cpu, "cpu", 1));
+    bench_profile_begin(&p, &cpu, &log, &block);
+    const struct backend *b = &p.backend;
+    for (int rows = 5; rows <= 7; rows++) {
+        const struct mat weight = f32(w, rows, WIDTH), out = f32(y, TOKENS, rows);
+        assert_ok(b->core->gemm(b, &in, &weight, &out));
+    }
+    assert_ok(b->core->route(b, &logits, NULL, &experts_of, &weights));
+    step(b, 12, true);
+    step(b, 10, true);
+    const struct profile_op *ops = iterations[0].ops;
+    assert_true(ops[ROW_FORWARD + SET_EXPERTS_GATE_UP].calls == 1 &&
+                ops[ROW_STEP + SET_EXPERTS_GATE_UP].calls == 1);
+    assert_true(ops[ROW_FORWARD + SET_EXPERTS_DOWN].calls == 1 &&
+                ops[ROW_STEP + SET_EXPERTS_DOWN].calls == 1);
+    assert_true(ops[ROW_FORWARD + SET_EXPERTS_DOWN].amount == 2 * 5 * WIDTH * TOKENS);
+    assert_true(ops[ROW_ROUTER].calls == 1 && ops[ROW_ROUTES].calls == 1);
     backend_close(&cpu);
 }
 
@@ -537,6 +580,7 @@ int main(void)
         cmocka_unit_test(work_of_tuning),
         cmocka_unit_test(work_of_compatible_tuning),
         cmocka_unit_test(operations_are_counted),
+        cmocka_unit_test(experts_are_counted),
         cmocka_unit_test(random_ids),
         cmocka_unit_test(lengths_fit_the_context),
         cmocka_unit_test(methods_and_scales),

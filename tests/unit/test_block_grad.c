@@ -1,11 +1,10 @@
 /* A block's forward pass that keeps what its backward pass needs, against the runtime's own; and its gradients against
- * central differences of a forward pass in double, written for this test. The model is made up (tiny_gemma.h), its
- * weights are F32. */
-#include "runtime/block_grad.h"
+ * central differences of a forward pass in double (naive_block.h). The model is made up (tiny_gemma.h), its weights
+ * are F32. */
 #include "runtime/forward.h"
 #include "tests/unit/cutting.h"
-#include "tests/unit/forward_support.h"
 #include "tests/unit/naive.h"
+#include "tests/unit/naive_block.h"
 
 #include <math.h>
 
@@ -26,7 +25,7 @@ static const struct tiny_gemma small = {.hidden = 48,
     "\"global_head_dim\": 32, "
 
 /* The same of the other families: branches without norms; capped scores; layers that share keys and values, differ in
- * width and have inputs of their own; values that are keys. */
+ * width and have inputs of their own; values that are keys; experts beside the MLP. */
 static const struct {
     const char *name, *model_type, *more;
 } kinds[] = {
@@ -37,12 +36,14 @@ static const struct {
      TYPES4 "\"num_kv_shared_layers\": 2, \"use_double_wide_mlp\": true, "
             "\"hidden_size_per_layer_input\": 8,"},
     {"small4v", "gemma4_text", TYPES4 "\"attention_k_eq_v\": true, \"hidden_size_per_layer_input\": 0,"},
+    {"small4m", "gemma4_text",
+     TYPES4 "\"attention_k_eq_v\": true, \"hidden_size_per_layer_input\": 0, \"enable_moe_block\": true, "
+            "\"num_experts\": 16, \"top_k_experts\": 2, \"moe_intermediate_size\": 40,"},
 };
-enum { PLAIN = 0 };
+enum { PLAIN = 0, MIXTURE = 5, SAMPLES = 200 };
 
-enum { SEQUENCES = 2, LENGTH = 11, TOKENS = SEQUENCES * LENGTH, SAMPLES = 200 };
-
-static const char *const set_names[N_FUSED] = {"qkv", "o", "gate_up", "down"};
+static const char *const set_names[N_BLOCK_SETS] = {
+    "qkv", "o", "gate_up", "down", "experts' gate_up", "experts' down"};
 
 struct loaded {
     const struct backend *b;
@@ -60,15 +61,28 @@ static struct linear_set *set_of(struct block *k, int set)
     return sets[set];
 }
 
+/* The weights of a whole set, those of all experts one below the other; data NULL: there is none. */
+static struct mat weight_of(struct block *k, int set)
+{
+    if (set < N_FUSED)
+        return set_of(k, set)->whole.weight;
+    if (!k->n_experts)
+        return (struct mat){0};
+    struct mat m = set == SET_EXPERTS_DOWN ? k->experts->down.whole.weight : k->experts->gate_up.whole.weight;
+    m.rows *= k->n_experts;
+    return m;
+}
+
 /* The made-up weights are small; four times as large, gates and scores leave the range where everything is a line. */
 static void enlarge(struct weights *w)
 {
     for (int layer = 0; layer < small.layers; layer++)
-        for (int s = 0; s < N_FUSED; s++) {
-            const struct linear_set *set = set_of(&w->blocks[layer], s);
-            assert_true(set->fused && set->whole.weight.dtype == DTYPE_F32);
-            float *data = set->whole.weight.data;
-            for (int64_t i = 0; i < set->whole.weight.rows * set->whole.weight.cols; i++)
+        for (int s = 0; s < N_BLOCK_SETS; s++) {
+            const struct mat weight = weight_of(&w->blocks[layer], s);
+            float *data = weight.data;
+            assert_true((s >= N_FUSED || set_of(&w->blocks[layer], s)->fused) &&
+                        weight.stride == weight.cols);
+            for (int64_t i = 0; i < weight.rows * weight.cols; i++)
                 data[i] *= 4;
         }
 }
@@ -87,6 +101,7 @@ static void load(struct loaded *l, int kind)
         l->rope[i] = make(DTYPE_F32, LENGTH, l->weights.config.rope_dim[i]);
         assert_ok(l->b->core->rope_table(l->b, l->weights.inv_freq[i], 0, &l->rope[i]));
     }
+    assert_ok(block_tape_open(&l->tape, &l->weights.config, SEQUENCES, LENGTH));
     const uint64_t bytes = block_tape_bytes(&l->weights.config, DTYPE_F32, SEQUENCES, LENGTH);
     l->memory = room((size_t)bytes, 1);
     memset(l->memory, 0xff, (size_t)bytes);
@@ -94,6 +109,7 @@ static void load(struct loaded *l, int kind)
 
 static void unload(struct loaded *l)
 {
+    block_tape_close(&l->tape);
     weights_free(&l->weights);
     model_close(&l->model);
     free_matrices();
@@ -124,9 +140,9 @@ static void run_backward(struct loaded *l, int layer, const struct mat *dout, bo
 static struct block_grads make_grads(struct loaded *l, int layer)
 {
     struct block_grads g;
-    for (int s = 0; s < N_FUSED; s++) {
-        const struct mat *w = &set_of(&l->weights.blocks[layer], s)->whole.weight;
-        g.sets[s] = make(DTYPE_F32, w->rows, w->cols);
+    for (int s = 0; s < N_BLOCK_SETS; s++) {
+        const struct mat w = weight_of(&l->weights.blocks[layer], s);
+        g.sets[s] = w.data ? make(DTYPE_F32, w.rows, w.cols) : w;
     }
     return g;
 }
@@ -213,175 +229,6 @@ static void test_forward(void **state)
         check_forward(kind);
 }
 
-/* --- in double ------------------------------------------------------------------------------------------------------ */
-
-/* A block with its weights and what it reads in double; the loss is Σ dout⊙block(x). */
-struct naive_block {
-    const struct block *k;
-    struct norm_spec spec;
-    const struct mat *rope;
-    double *sets[N_FUSED], *x, *dout;  /* as struct linear_set has them; [TOKENS, hidden] */
-    double *input, *gate, *projection; /* of the layer's own input; NULL: it has none */
-    double *keys, *values;             /* of another layer; NULL: its own */
-    double *out;
-};
-
-enum {
-    HIDDEN = 48,
-    HEADS = 4,
-    KV_HEADS = 2,
-    PLE = 8,
-    MAX_DIM = 32,
-    MAX_FFN = 144,
-    MAX_KV = TOKENS * KV_HEADS * MAX_DIM
-};
-
-static void linear(const double *x, int64_t cols, const double *w, int64_t rows, double *out)
-{
-    for (int64_t t = 0; t < TOKENS; t++)
-        for (int64_t r = 0; r < rows; r++) {
-            double sum = 0;
-            for (int64_t c = 0; c < cols; c++)
-                sum += x[t * cols + c] * w[r * cols + c];
-            out[t * rows + r] = sum;
-        }
-}
-
-/* w->data NULL: no norm */
-static void norm_rows(const struct naive_block *n, const double *x, const struct mat *w, double *out)
-{
-    for (int64_t t = 0; t < TOKENS; t++)
-        if (w->data)
-            naive_norm_row(x + t * HIDDEN, HIDDEN, w, &n->spec, out + t * HIDDEN);
-}
-
-static void turn(const struct naive_block *n, int64_t token, double *x)
-{
-    const int half = n->k->head_dim / 2;
-    for (int i = 0; i < half; i++) {
-        const double c = (double)at(n->rope, token, i), s = (double)at(n->rope, token, half + i);
-        const double a = x[i], b = x[half + i];
-        x[i] = a * c - b * s;
-        x[half + i] = b * c + a * s;
-    }
-}
-
-/* A head as it is projected, normed and turned. */
-static void place_head(const struct naive_block *n, int64_t token, const struct mat *norm, const double *x,
-                       double *out)
-{
-    memcpy(out, x, (size_t)n->k->head_dim * sizeof *out);
-    if (norm->data)
-        naive_norm_row(x, n->k->head_dim, norm, &n->spec, out);
-    turn(n, token % LENGTH, out);
-}
-
-/* q, keys, values: [TOKENS, heads·dim] */
-static void split(const struct naive_block *n, const double *qkv, double *q, double *keys, double *values)
-{
-    const int64_t d = n->k->head_dim,
-                  parts = !keys          ? 0
-                          : n->k->k_is_v ? 1
-                                         : 2,
-                  cols = (HEADS + parts * KV_HEADS) * d;
-    for (int64_t t = 0; t < TOKENS; t++) {
-        const double *x = qkv + t * cols, *k = x + HEADS * d, *v = k + (parts - 1) * KV_HEADS * d;
-        for (int h = 0; h < HEADS; h++)
-            place_head(n, t, &n->k->q_norm, x + h * d, q + (t * HEADS + h) * d);
-        for (int h = 0; keys && h < KV_HEADS; h++) {
-            double *to = values + (t * KV_HEADS + h) * d;
-            place_head(n, t, &n->k->k_norm, k + h * d, keys + (t * KV_HEADS + h) * d);
-            memcpy(to, v + h * d, (size_t)d * sizeof *to);
-            if (n->k->values_normed)
-                naive_norm_row(to, d, NULL, &n->spec, to);
-        }
-    }
-}
-
-/* One query of one head. */
-static void attend(const struct naive_block *n, const double *q, const double *keys, const double *values,
-                   int64_t row, int head, double *out)
-{
-    const int64_t token = row % LENGTH, first = row - token, d = n->k->head_dim;
-    const int64_t from = n->k->window && token >= n->k->window ? token - n->k->window + 1 : 0;
-    const int64_t shift = head / (HEADS / KV_HEADS) * d;
-    double p[LENGTH], total = 0;
-    for (int64_t t = from; t <= token; t++) {
-        double sum = 0;
-        for (int i = 0; i < d; i++)
-            sum += q[(row * HEADS + head) * d + i] * keys[(first + t) * KV_HEADS * d + shift + i];
-        sum *= (double)n->k->score_scale;
-        const double cap = (double)n->k->softcap;
-        total += p[t] = exp(cap > 0 ? cap * tanh(sum / cap) : sum);
-    }
-    for (int i = 0; i < d; i++) {
-        out[i] = 0;
-        for (int64_t t = from; t <= token; t++)
-            out[i] += p[t] / total * values[(first + t) * KV_HEADS * d + shift + i];
-    }
-}
-
-static void attention(const struct naive_block *n, const double *normed, double *out)
-{
-    static double qkv[TOKENS * (HEADS + 2 * KV_HEADS) * MAX_DIM], q[TOKENS * HEADS * MAX_DIM], keys[MAX_KV],
-        values[MAX_KV];
-    const int64_t d = n->k->head_dim, parts = n->keys ? 0 : n->k->k_is_v ? 1 : 2;
-    linear(normed, HIDDEN, n->sets[FUSED_QKV], (HEADS + parts * KV_HEADS) * d, qkv);
-    split(n, qkv, q, n->keys ? NULL : keys, values);
-    for (int64_t t = 0; t < TOKENS; t++)
-        for (int h = 0; h < HEADS; h++)
-            attend(n, q, n->keys ? n->keys : keys, n->keys ? n->values : values, t, h,
-                   out + (t * HEADS + h) * d);
-}
-
-static double gelu(double z)
-{
-    return 0.5 * z * (1 + tanh(sqrt(2 / acos(-1)) * (z + 0.044715 * z * z * z)));
-}
-
-/* out += the layer's own input through its gate */
-static void add_input(const struct naive_block *n)
-{
-    double gate[TOKENS * PLE], branch[TOKENS * HIDDEN];
-    linear(n->out, HIDDEN, n->gate, PLE, gate);
-    for (int i = 0; i < TOKENS * PLE; i++)
-        gate[i] = gelu(gate[i]) * n->input[i];
-    linear(gate, PLE, n->projection, HIDDEN, branch);
-    norm_rows(n, branch, &n->k->ple_norm, branch);
-    for (int i = 0; i < TOKENS * HIDDEN; i++)
-        n->out[i] += branch[i];
-}
-
-static double loss(const void *ctx)
-{
-    const struct naive_block *n = ctx;
-    static double normed[TOKENS * HIDDEN], attended[TOKENS * HEADS * MAX_DIM], branch[TOKENS * HIDDEN],
-        gate_up[TOKENS * 2 * MAX_FFN], inner[TOKENS * MAX_FFN];
-    const int64_t ffn = n->k->inner;
-    norm_rows(n, n->x, &n->k->input_norm, normed);
-    attention(n, normed, attended);
-    linear(attended, HEADS * n->k->head_dim, n->sets[FUSED_O], HIDDEN, branch);
-    norm_rows(n, branch, &n->k->post_attention_norm, branch);
-    for (int i = 0; i < TOKENS * HIDDEN; i++)
-        n->out[i] = n->x[i] + branch[i];
-    norm_rows(n, n->out, &n->k->pre_mlp_norm, normed);
-    linear(normed, HIDDEN, n->sets[FUSED_GATE_UP], 2 * ffn, gate_up);
-    for (int64_t i = 0; i < TOKENS * ffn; i++) {
-        const double *row = gate_up + i / ffn * 2 * ffn + i % ffn;
-        inner[i] = gelu(row[0]) * row[ffn];
-    }
-    linear(inner, ffn, n->sets[FUSED_DOWN], HIDDEN, branch);
-    norm_rows(n, branch, &n->k->post_mlp_norm, branch);
-    for (int i = 0; i < TOKENS * HIDDEN; i++)
-        n->out[i] += branch[i];
-    if (n->input)
-        add_input(n);
-    double sum = 0;
-    for (int i = 0; i < TOKENS * HIDDEN; i++)
-        sum += n->dout[i] * (n->out[i] *= (double)n->k->scalar);
-    return sum;
-}
-
 /* --- the backward pass ---------------------------------------------------------------------------------------------- */
 
 /* Samples of one gradient against differences by the elements of `values`, which the loss reads. */
@@ -391,7 +238,7 @@ static void check_samples(struct outcome *o, const struct naive_block *n, double
     double error = 0, size = 0;
     for (int i = 0; i < SAMPLES; i++) {
         const int64_t k = (int64_t)(support_random(&random_state) % (uint64_t)(got->rows * got->cols));
-        const double expected = naive_slope(loss, n, &values[k], 1e-4),
+        const double expected = naive_slope(naive_block_loss, n, &values[k], 1e-4),
                      e = (double)at(got, k / got->cols, k % got->cols) - expected;
         error += e * e;
         size += expected * expected;
@@ -422,20 +269,25 @@ static void check_layer(struct outcome *forward, struct outcome *by_weight, stru
                             .projection = inputs ? naive_rows(&k->ple_projection) : NULL,
                             .keys = shares ? naive_rows(&l->keys) : NULL,
                             .values = shares ? naive_rows(&l->values) : NULL,
+                            .router = k->n_experts ? naive_rows(&k->router) : NULL,
                             .rope = &l->rope[k->rope],
                             .x = naive_rows(&x),
                             .dout = naive_rows(&dout),
                             .out = zeros(TOKENS * small.hidden)};
     const struct block_grads g = make_grads(l, layer);
-    for (int s = 0; s < N_FUSED; s++)
-        n.sets[s] = naive_rows(&set_of(k, s)->whole.weight);
+    for (int s = 0; s < N_BLOCK_SETS; s++) {
+        const struct mat w = weight_of(k, s);
+        n.sets[s] = w.data ? naive_rows(&w) : NULL;
+    }
     run_forward(l, layer, &x);
     copy(&l->tape.out, &out);
-    loss(&n);
+    n.chosen = l->tape.experts.chosen.data;
+    naive_block_loss(&n);
     check(forward, &out, n.out, 0, "the block");
     run_backward(l, layer, &dout, false, true, &g);
-    for (int s = 0; s < N_FUSED; s++)
-        check_samples(by_weight, &n, n.sets[s], &g.sets[s], set_names[s]);
+    for (int s = 0; s < N_BLOCK_SETS; s++)
+        if (n.sets[s])
+            check_samples(by_weight, &n, n.sets[s], &g.sets[s], set_names[s]);
     check_samples(by_input, &n, n.x, &l->tape.dx, "x");
 }
 
@@ -463,7 +315,7 @@ static void test_gradients(void **state)
 static void check_grads(struct outcome *o, const struct block_grads *got, const struct block_grads *first,
                         const struct block_grads *second, const char *text)
 {
-    for (int s = 0; s < N_FUSED; s++) {
+    for (int s = 0; s < N_BLOCK_SETS && first->sets[s].data; s++) {
         double *expected = naive_rows(&first->sets[s]);
         const double *more = second ? naive_rows(&second->sets[s]) : NULL;
         for (int64_t i = 0; more && i < first->sets[s].rows * first->sets[s].cols; i++)
@@ -478,7 +330,7 @@ static void test_add(void **state)
     (void)state;
     struct outcome o = {"gradients of two batches", 1e-6, 0, 0};
     struct loaded l;
-    load(&l, PLAIN);
+    load(&l, MIXTURE);
     const struct block_grads each[] = {make_grads(&l, 1), make_grads(&l, 1)}, both = make_grads(&l, 1);
     for (int i = 0; i < 2; i++) {
         const struct mat x = make_random(DTYPE_F32, TOKENS, small.hidden, 2),
@@ -498,7 +350,7 @@ static void test_unwanted(void **state)
 {
     (void)state;
     struct loaded l;
-    load(&l, PLAIN);
+    load(&l, MIXTURE);
     const struct mat x = make_random(DTYPE_F32, TOKENS, small.hidden, 2),
                      dout = make_random(DTYPE_F32, TOKENS, small.hidden, 1),
                      dx = make(DTYPE_F32, TOKENS, small.hidden);
@@ -506,15 +358,15 @@ static void test_unwanted(void **state)
     run_forward(&l, 2, &x);
     run_backward(&l, 2, &dout, false, true, &all);
     copy(&l.tape.dx, &dx);
-    for (int wanted = 0; wanted < 1 << N_FUSED; wanted++)
+    for (int wanted = 0; wanted < 1 << N_BLOCK_SETS; wanted++)
         for (int with_input = 0; with_input < 2; with_input++) {
             struct block_grads some = make_grads(&l, 2);
-            for (int s = 0; s < N_FUSED; s++)
+            for (int s = 0; s < N_BLOCK_SETS; s++)
                 if (!(wanted >> s & 1))
                     some.sets[s].data = NULL;
             run_forward(&l, 2, &x);
             run_backward(&l, 2, &dout, false, with_input, &some);
-            for (int s = 0; s < N_FUSED; s++)
+            for (int s = 0; s < N_BLOCK_SETS; s++)
                 if (some.sets[s].data)
                     assert_memory_equal(some.sets[s].data, all.sets[s].data,
                                         (size_t)(all.sets[s].rows * all.sets[s].stride) * sizeof(float));
@@ -522,6 +374,35 @@ static void test_unwanted(void **state)
                 assert_memory_equal((float *)l.tape.dx.data + r * l.tape.dx.stride,
                                     (float *)dx.data + r * dx.stride, (size_t)dx.cols * sizeof(float));
         }
+    unload(&l);
+}
+
+/* The gradient of an expert that no token is sent to is 0, whatever was there; of any other it is not. */
+static void test_idle_experts(void **state)
+{
+    (void)state;
+    struct loaded l;
+    int n_idle = 0;
+    load(&l, MIXTURE);
+    const struct mat x = make_random(DTYPE_F32, TOKENS, small.hidden, 2),
+                     dout = make_random(DTYPE_F32, TOKENS, small.hidden, 1);
+    const struct block_grads g = make_grads(&l, 0);
+    run_forward(&l, 0, &x);
+    run_backward(&l, 0, &dout, false, false, &g);
+    for (int e = 0; e < EXPERTS; e++) {
+        const bool idle = l.tape.experts.starts[e] == l.tape.experts.starts[e + 1];
+        n_idle += idle;
+        for (int s = SET_EXPERTS_GATE_UP; s < N_BLOCK_SETS; s++) {
+            const int64_t n = g.sets[s].rows / EXPERTS;
+            const struct mat own = mat_rows(&g.sets[s], e * n, n);
+            double size = 0;
+            for (int64_t i = 0; i < n * own.cols; i++)
+                size += fabs((double)at(&own, i / own.cols, i % own.cols));
+            assert_true(idle ? size == 0 : size > 0);
+        }
+    }
+    print_message("%d of %d experts got no token\n", n_idle, EXPERTS);
+    assert_in_range(n_idle, 1, EXPERTS / 2);
     unload(&l);
 }
 
@@ -570,6 +451,7 @@ int main(void)
         cmocka_unit_test_teardown(test_gradients, clean_up),
         cmocka_unit_test_teardown(test_add, clean_up),
         cmocka_unit_test_teardown(test_unwanted, clean_up),
+        cmocka_unit_test_teardown(test_idle_experts, clean_up),
         cmocka_unit_test_teardown(test_apart, clean_up),
     };
     return cmocka_run_group_tests(tests, open_all, close_all);

@@ -1,6 +1,6 @@
 /* The operations of mixtures of experts against the plainest implementation in double: which experts a row of logits
- * means, ties and rows without a meaning among them, rows that are gathered more than once, sums of experts' rows. Each
- * case runs with one, two and three threads, which must give the same bytes. */
+ * means, ties and rows without a meaning among them, rows that are gathered more than once, sums of experts' rows, the
+ * router's gradient. Each case runs with one, two and three threads, which must give the same bytes. */
 #include "tests/unit/forward_support.h"
 #include "tests/unit/naive.h"
 
@@ -264,21 +264,24 @@ static void test_combine_rows(void **state)
     (void)state;
     static const int64_t widths[] = {1, 16, 101, 704}, heights[] = {1, 33, 150}, chosen[] = {1, 2, 8, 64};
     struct outcome o = {"combine_rows", 5e-7, 0, 0};
-    for (size_t i = 0; i < N_OF(widths) * N_OF(heights) * N_OF(chosen); i++) {
-        const int64_t cols = widths[i % 4], n = heights[i / 4 % 3], k = chosen[i / 12];
+    for (size_t i = 0; i < N_OF(widths) * N_OF(heights) * N_OF(chosen) * 2; i++) {
+        const int64_t cols = widths[i % 4], n = heights[i / 4 % 3], k = chosen[i / 12 % 4];
+        const bool weighed = i < 48;
         const struct mat y = make_random(DTYPE_F32, 50, cols, 3), slots = make_indices(n, k, 50),
                          weights = make_random(DTYPE_F32, n, k, 1), out = make(DTYPE_F32, n, cols);
         double *expected = zeros(n * cols), size_squared = 0;
         for (int64_t e = 0; e < n * cols * k; e++) {
             const int64_t r = e / k / cols, c = e / k % cols;
-            const double term =
-                (double)at(&weights, r, e % k) * (double)at(&y, *index_of(&slots, r, e % k), c);
+            const double term = (weighed ? (double)at(&weights, r, e % k) : 1) *
+                                (double)at(&y, *index_of(&slots, r, e % k), c);
             expected[e / k] += term;
             size_squared += row_chosen(r, n) ? term * term : 0; /* terms of both signs cancel */
         }
         char text[100];
-        snprintf(text, sizeof text, "%d × %d, %d chosen", (int)n, (int)cols, (int)k);
-        run_everywhere(run_combine, &(struct combine_args){&y, &slots, &weights}, &out, text);
+        snprintf(text, sizeof text, "%d × %d, %d chosen%s", (int)n, (int)cols, (int)k,
+                 weighed ? ", weights" : "");
+        run_everywhere(run_combine, &(struct combine_args){&y, &slots, weighed ? &weights : NULL}, &out,
+                       text);
         check(&o, &out, expected, size_squared, text);
         free_matrices();
     }
@@ -302,6 +305,144 @@ static void test_combine_in_order(void **state)
     assert_true(at(&out, 0, 0) == 0x1p24f && at(&out, 1, 0) == 0x1p24f + 2);
 }
 
+/* --- route_backward ----------------------------------------------------------------------------------------------- */
+
+struct route_backward_case {
+    struct route_tape tape;
+    struct mat dout;
+    bool in_place;
+};
+
+static int run_route_backward(const struct backend *b, const void *args, const struct mat *dlogits)
+{
+    const struct route_backward_case *a = args;
+    struct route_tape tape = a->tape;
+    if (a->in_place) {
+        copy(&a->tape.logits, dlogits);
+        tape.logits = *dlogits;
+    }
+    return b->train->route_backward(b, &tape, &a->dout, dlogits);
+}
+
+/* A row in double, the choice held fast: the loss is Σ dout⊙Σ_j factor_j·softmax_j·y_j. */
+struct naive_route {
+    double logits[MAX_CHOSEN], factors[MAX_CHOSEN], dots[MAX_CHOSEN];
+    int k;
+};
+
+static double route_loss(const void *ctx)
+{
+    const struct naive_route *n = ctx;
+    double sum = 0, loss = 0;
+    for (int i = 0; i < n->k; i++)
+        sum += exp(n->logits[i]);
+    for (int i = 0; i < n->k; i++)
+        loss += exp(n->logits[i]) / sum * n->factors[i] * n->dots[i];
+    return loss;
+}
+
+/* Central differences, the error of which is far below the bound. */
+static void naive_route_backward(const struct route_backward_case *a, int64_t row, double *dlogits)
+{
+    const struct route_tape *t = &a->tape;
+    struct naive_route n = {.k = (int)t->experts.cols};
+    for (int i = 0; i < n.k; i++) {
+        const int32_t expert = *index_of(&t->experts, row, i), slot = *index_of(&t->slots, row, i);
+        n.logits[i] = (double)at(&t->logits, row, expert);
+        n.factors[i] = t->factors.data ? naive_element(&t->factors, 0, expert) : 1;
+        for (int64_t c = 0; c < a->dout.cols; c++)
+            n.dots[i] += (double)at(&a->dout, row, c) * (double)at(&t->y, slot, c);
+    }
+    for (int i = 0; i < n.k; i++)
+        dlogits[*index_of(&t->experts, row, i)] = naive_slope(route_loss, &n, &n.logits[i], 1e-4);
+}
+
+/* What route makes of random logits. Slots repeat, as they never do in a model. */
+static struct route_backward_case make_route_backward(int64_t rows, const int64_t *size, int64_t cols,
+                                                      size_t factors)
+{
+    const struct route_case a = make_route(rows, size[0], size[1], float_types[factors % 3]);
+    struct route_backward_case out = {.tape = {.logits = a.logits,
+                                               .experts = a.experts,
+                                               .y = make_random(DTYPE_F32, 50, cols, 1),
+                                               .slots = make_indices(rows, size[1], 50)},
+                                      .dout = make_random(DTYPE_F32, rows, cols, 1)};
+    if (factors < 3)
+        out.tape.factors = a.factors;
+    assert_ok(run_route(&cpu[0], &a, &a.weights));
+    return out;
+}
+
+/* Exactly, where an expert was not chosen. */
+static void check_zeros(const struct mat *experts, const struct mat *dlogits)
+{
+    for (int64_t r = 0; r < dlogits->rows; r++)
+        for (int64_t e = 0; e < dlogits->cols; e++) {
+            bool chosen = false;
+            for (int64_t i = 0; i < experts->cols; i++)
+                chosen = chosen || *index_of(experts, r, i) == e;
+            assert_true(chosen || at(dlogits, r, e) == 0);
+        }
+}
+
+static void test_route_backward(void **state)
+{
+    (void)state;
+    static const int64_t sizes[][2] = {{1, 1}, {8, 2}, {8, 8}, {100, 7}, {128, 8}, {1024, 64}},
+                         widths[] = {1, 16, 101}, heights[] = {1, 33, 70};
+    struct outcome o = {"route_backward", 5e-6, 0, 0};
+    for (size_t i = 0; i < N_OF(sizes) * N_OF(widths) * N_OF(heights) * 4 * 2; i++) {
+        const int64_t *size = sizes[i % 6], cols = widths[i / 6 % 3], rows = heights[i / 18 % 3];
+        const size_t factors = i / 54 % 4;
+        struct route_backward_case a = make_route_backward(rows, size, cols, factors);
+        const struct mat dlogits = make(DTYPE_F32, rows, size[0]);
+        double *expected = zeros(rows * size[0]), size_squared = 0;
+        char text[100];
+        a.in_place = i / 216;
+        for (int64_t r = 0; r < rows; r++)
+            naive_route_backward(&a, r, expected + r * size[0]);
+        for (int64_t c = 0; c < rows * size[0]; c++) /* where one weight is nearly 1, all terms cancel */
+            size_squared +=
+                row_chosen(c / size[0], rows) ? fmax(expected[c] * expected[c], 1e-4 * (double)cols) : 0;
+        snprintf(text, sizeof text, "%d × %d, %d chosen, %d columns, factors %d%s", (int)rows, (int)size[0],
+                 (int)size[1], (int)cols, (int)factors, a.in_place ? ", in place" : "");
+        run_everywhere(run_route_backward, &a, &dlogits, text);
+        check(&o, &dlogits, expected, size_squared, text);
+        check_zeros(&a.tape.experts, &dlogits);
+        free_matrices();
+    }
+    print_outcome(&o);
+}
+
+/* A factor of 0 takes an expert's result away, not the router's preference for it. */
+static void test_route_backward_by_hand(void **state)
+{
+    (void)state;
+    struct route_backward_case a = {.tape = {.logits = make(DTYPE_F32, 1, 3),
+                                             .factors = make(DTYPE_F32, 1, 3),
+                                             .experts = make(DTYPE_I32, 1, 2),
+                                             .y = make(DTYPE_F32, 2, 1),
+                                             .slots = make(DTYPE_I32, 1, 2)},
+                                    .dout = make(DTYPE_F32, 1, 1)};
+    const struct mat dlogits = make(DTYPE_F32, 1, 3);
+    static const double expected[] = {-1.5, 0, 1.5}; /* ½·(g − 3), g = 0 and 2·3 */
+    for (int i = 0; i < 3; i++) {
+        put(&a.tape.logits, 0, i, i == 1 ? -4 : 7);
+        put(&a.tape.factors, 0, i, i);
+    }
+    for (int i = 0; i < 2; i++) {
+        *index_of(&a.tape.experts, 0, i) = 2 * i;
+        *index_of(&a.tape.slots, 0, i) = i;
+        put(&a.tape.y, i, 0, i ? 3 : 5);
+    }
+    put(&a.dout, 0, 0, 1);
+    assert_ok(run_route_backward(&cpu[0], &a, &dlogits));
+    for (int i = 0; i < 3; i++)
+        assert_true((double)at(&dlogits, 0, i) == expected[i]);
+    a.tape.factors.dtype = DTYPE_I8;
+    assert_int_equal(run_route_backward(&cpu[0], &a, &dlogits), ERR_UNSUPPORTED);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -312,6 +453,8 @@ int main(void)
         cmocka_unit_test_teardown(test_gather_rows, clean_up),
         cmocka_unit_test_teardown(test_combine_rows, clean_up),
         cmocka_unit_test_teardown(test_combine_in_order, clean_up),
+        cmocka_unit_test_teardown(test_route_backward, clean_up),
+        cmocka_unit_test_teardown(test_route_backward_by_hand, clean_up),
     };
     return cmocka_run_group_tests(tests, open_backends, close_backends);
 }

@@ -31,16 +31,14 @@ struct tiny_gemma {
 extern const struct tiny_gemma tiny_gemma_plain;
 
 /* One of every other family, as small as that: Gemma 1; 2; 4 whose last three layers share keys and values and whose
- * layers have inputs of their own; 4 whose global layers' values are their keys; the same with a mixture of experts, which no
- * method tunes. */
+ * layers have inputs of their own; 4 whose global layers' values are their keys; the same with a mixture of experts. */
 enum {
     TINY_GEMMA1,
     TINY_GEMMA2,
     TINY_GEMMA4_SHARING,
     TINY_GEMMA4_K_IS_V,
     TINY_GEMMA4_EXPERTS,
-    TINY_FAMILIES,
-    TINY_TUNED = TINY_GEMMA4_EXPERTS /* the families before it */
+    TINY_FAMILIES
 };
 extern const struct tiny_gemma tiny_families[TINY_FAMILIES];
 extern const char *const tiny_family_names[TINY_FAMILIES];
