@@ -259,8 +259,8 @@ static int print_text(const struct result *r)
     human_table_free(&table);
     text_add(
         &out,
-        "\nbound: gemm for forward and tune, hessian_add, factorize in FP64, matmul for measure, sweep, refit "
-        "and descend\n(counted as in FP32), copies to and from pinned memory for load and deliver; each by "
+        "\nbound: gemm for forward and tune, hessian_add, factorize in FP64, matmul for measure, sweep, refit, "
+        "descend and\nexperts (of their operands' types), copies to and from pinned memory for load and deliver; each by "
         "itself before and after\nall rounds, the better rate. Medians. The device is waited for after "
         "each kind of work.\n");
     if (rc < 0) {

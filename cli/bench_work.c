@@ -97,7 +97,7 @@ static void count_solving(double out[N_WORK], const struct set *s, const struct 
     const bool apart = SWEEP_COLUMNS % group != 0 && s->first->tensor->shape[1] > SWEEP_COLUMNS;
     out[WORK_HESSIAN] += k * k * tokens + (weighed ? 2 * n * k * tokens : 0);
     out[WORK_SEARCH] += candidates(r, s->first->scheme.symmetric, group) * n * k;
-    out[WORK_MEASURE] += (apart || !(passes > 0) ? 3 : 2) * 2 * triangle;
+    out[WORK_MEASURE] += 3 * 2 * triangle;
     out[WORK_FACTOR] += sweep ? k * k * k / 3 : 0;
     out[WORK_SWEEP] += sweep ? triangle : 0;
     if (passes > 0) {
@@ -311,13 +311,14 @@ static int measure_gemm(struct trial *t, const struct gemma_config *g, struct be
     return rc;
 }
 
-static int measure_matmul(struct trial *t, const struct gemma_config *g, enum dtype dtype, double *rate)
+static int measure_matmul(struct trial *t, const struct gemma_config *g, enum dtype dtype, enum dtype m_dtype,
+                          double *rate)
 {
     const int64_t n = 2 * g->intermediate_size, cols = g->hidden_size;
     struct bench_time time;
     int rc = take_filled(t, dtype, n, DEPTH, &t->x);
     if (!rc)
-        rc = take_filled(t, DTYPE_F32, DEPTH, cols, &t->m);
+        rc = take_filled(t, m_dtype, DEPTH, cols, &t->m);
     if (!rc)
         rc = take(t, DTYPE_F32, n, cols, &t->out);
     if (!rc)
@@ -407,12 +408,15 @@ int bench_bounds_measure(const struct backend *b, struct parallel *pool, const s
         rc = measure_hessian(&t, g, out);
     give_back(&t);
     if (!rc)
-        rc = measure_matmul(&t, g, DTYPE_F32, &rates[WORK_SWEEP]);
+        rc = measure_matmul(&t, g, DTYPE_F32, DTYPE_F32, &rates[WORK_SWEEP]);
     give_back(&t);
     if (!rc)
-        rc = measure_matmul(&t, g, DTYPE_I8, &rates[WORK_REFIT]);
+        rc = measure_matmul(&t, g, DTYPE_I8, DTYPE_F32, &rates[WORK_REFIT]);
     give_back(&t);
-    rates[WORK_MEASURE] = rates[WORK_DESCEND] = rates[WORK_EXPERTS] = rates[WORK_SWEEP];
+    if (!rc)
+        rc = measure_matmul(&t, g, b->activation, b->activation, &rates[WORK_DESCEND]);
+    give_back(&t);
+    rates[WORK_MEASURE] = rates[WORK_EXPERTS] = rates[WORK_DESCEND];
     rates[WORK_TUNE] = rates[WORK_FORWARD];
     if (!rc && !b->host_memory)
         rc = measure_copies(&t, out);

@@ -296,7 +296,7 @@ static void work_of_gptq(void **state)
     assert_true(w[WORK_MEASURE] == 6 * 3 * 2 * products);
     assert_true(w[WORK_SWEEP] == 6 * products);
     assert_true(w[WORK_REFIT] == 0);
-    assert_true(w[WORK_DESCEND] == 6 * (2 + 2 + 2 + 1) * products);
+    assert_true(w[WORK_DESCEND] == 6 * (2 + 2 + 2 + 2) * products);
     assert_true(w[WORK_DELIVER] == 6 * weights * (0.5 + 2.0 / 128));
     assert_true(w[WORK_LOAD] >= 2 * (6 * weights + 2048 * 256) &&
                 w[WORK_LOAD] < 2.02 * (6 * weights + 2048 * 256));
