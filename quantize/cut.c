@@ -317,9 +317,7 @@ static void write_calibration(const struct cut *c, struct text *t)
     json_kv_uint(t, "seed", spec->seed);
     json_kv_string(t, "order", spec->shuffle ? "shuffle" : "file");
     json_kv_bool(t, "skip_bos", spec->skip_bos);
-    beside_put_hash(
-        t, "ids",
-        hash_bytes(c->data->ids, (size_t)(c->data->samples * c->data->length) * sizeof *c->data->ids));
+    beside_put_hash(t, "ids", hash_ids(c->data));
     json_end_object(t);
 }
 

@@ -1,4 +1,4 @@
-#include "runtime/weights.h"
+#include "runtime/loader.h"
 
 #include "base/err.h"
 #include "base/half.h"
@@ -10,37 +10,6 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-
-/* --- bringing tensors to the device ------------------------------------------------------------------------------ */
-
-enum {
-    PIECE_BYTES = 8 << 20, /* read, then copied, at a time by one thread */
-    MAX_LOADERS = 16,
-};
-
-/* A tensor as it lies in the file, or, with `linear`, a linear that is unpacked on the way: its codes by rows, or where
- * it is not direct its weight. */
-struct transfer {
-    const struct tensor *tensor;
-    const struct model_linear *linear;
-    char *to; /* on the device */
-    size_t first_task;
-};
-
-struct load_worker {
-    struct backend backend;
-    struct staged_buf piece;
-};
-
-struct loader {
-    struct weights *w;
-    const struct model *m;
-    int part; /* that is being loaded */
-    struct transfer *list;
-    size_t n, capacity, n_tasks;
-    struct parallel *pool; /* opened by the first transfer */
-    struct load_worker *workers;
-};
 
 struct weight_buf {
     struct buf buf;
@@ -61,146 +30,12 @@ static int acquire(struct weights *w, size_t bytes, const char *what, void **out
     return 0;
 }
 
-static int add_task(struct loader *l, struct transfer t, uint64_t n_tasks)
-{
-    const int rc = mem_grow(&l->list, &l->capacity, l->n + 1, sizeof *l->list, "the list of tensors");
-    if (rc < 0)
-        return rc;
-    t.first_task = l->n_tasks;
-    l->list[l->n++] = t;
-    l->n_tasks += (size_t)n_tasks;
-    return 0;
-}
-
-/* Notes that a tensor is to lie at `to`, as it lies in the file. */
-static int add_transfer(struct loader *l, const struct tensor *t, void *to)
-{
-    return add_task(l, (struct transfer){.tensor = t, .to = to}, (t->bytes + PIECE_BYTES - 1) / PIECE_BYTES);
-}
-
-static uint64_t unpacked_row_bytes(const struct model_linear *l)
-{
-    const int64_t cols = l->spec->shape[1];
-    return (uint64_t)(l->direct ? quant_packed_cols(l->scheme, cols) * 4 : cols * 2);
-}
-
-/* Rows that are unpacked at a time: what fits a piece. */
-static int64_t unpacked_rows(const struct model_linear *l)
-{
-    return (int64_t)(PIECE_BYTES / unpacked_row_bytes(l)) / PACKED_ROWS * PACKED_ROWS;
-}
-
-/* Notes that a linear is to lie at `to`, unpacked. */
-static int add_unpacking(struct loader *l, const struct model_linear *from, void *to)
-{
-    const int64_t rows = unpacked_rows(from);
-    if (!rows)
-        return err_set(ERR_UNSUPPORTED, "tensor '%s' has rows of %lld columns, too long to unpack",
-                       from->packed->name, (long long)from->spec->shape[1]);
-    return add_task(l, (struct transfer){.linear = from, .to = to},
-                    (uint64_t)((from->spec->shape[0] + rows - 1) / rows));
-}
-
-static int unpack_task(const struct loader *l, const struct load_worker *k, const struct transfer *t,
-                       size_t task)
-{
-    const struct model_linear *from = t->linear;
-    const int64_t step = unpacked_rows(from), row = (int64_t)task * step, left = from->spec->shape[0] - row;
-    const int64_t n = left < step ? left : step;
-    const uint64_t row_bytes = unpacked_row_bytes(from);
-    char *to = t->to + (uint64_t)row * row_bytes;
-    void *piece = k->backend.host_memory ? to : k->piece.host;
-    const int rc = from->direct ? packed_read_codes(l->m, from, row, n, piece)
-                                : packed_read_weights(l->m, from, row, n, piece);
-    return rc || k->backend.host_memory
-               ? rc
-               : k->backend.core->upload(&k->backend, to, piece, (size_t)((uint64_t)n * row_bytes));
-}
-
-static int transfer_task(void *ctx, size_t task, int worker)
-{
-    const struct loader *l = ctx;
-    const struct load_worker *k = &l->workers[worker];
-    const struct transfer *t = &l->list[parallel_find(&l->list->first_task, sizeof *l->list, l->n, task)];
-    if (t->linear)
-        return unpack_task(l, k, t, task - t->first_task);
-    const uint64_t at = (task - t->first_task) * (uint64_t)PIECE_BYTES;
-    const size_t n = (size_t)(t->tensor->bytes - at < PIECE_BYTES ? t->tensor->bytes - at : PIECE_BYTES);
-    if (k->backend.host_memory)
-        return checkpoint_read(&l->m->checkpoint, t->tensor, at, n, t->to + at);
-    const int rc = checkpoint_read(&l->m->checkpoint, t->tensor, at, n, k->piece.host);
-    return rc ? rc : k->backend.core->upload(&k->backend, t->to + at, k->piece.host, n);
-}
-
-/* A thread for each processor, up to as many as storage can feed. */
-static int open_pool(struct parallel **pool)
-{
-    int rc = parallel_open(pool, 0);
-    if (!rc && parallel_workers(*pool) > MAX_LOADERS) {
-        parallel_close(*pool);
-        rc = parallel_open(pool, MAX_LOADERS);
-    }
-    return rc;
-}
-
-uint64_t weights_loader_bytes(const struct backend *b)
-{
-    struct parallel *pool;
-    if (b->host_memory || open_pool(&pool) < 0)
-        return 0;
-    const uint64_t bytes = (uint64_t)parallel_workers(pool) * PIECE_BYTES;
-    parallel_close(pool);
-    return bytes;
-}
-
-static int open_workers(struct loader *l)
-{
-    int rc = open_pool(&l->pool);
-    if (rc < 0)
-        return rc;
-    const int n = parallel_workers(l->pool);
-    l->workers = mem_alloc((size_t)n, sizeof *l->workers, "workers");
-    rc = l->workers ? 0 : ERR_MEMORY;
-    for (int i = 0; !rc && i < n; i++) {
-        struct load_worker *k = &l->workers[i];
-        rc = backend_open_beside(&k->backend, l->w->backend);
-        if (!rc && !k->backend.host_memory)
-            rc = k->backend.core->acquire_staging(&k->backend, PIECE_BYTES, "a piece of a tensor", &k->piece);
-    }
-    return rc;
-}
-
-static void close_loader(struct loader *l)
-{
-    if (!l)
-        return;
-    for (int i = 0; l->workers && i < parallel_workers(l->pool); i++) {
-        struct load_worker *k = &l->workers[i];
-        if (k->piece.host)
-            k->backend.core->release_staging(&k->backend, &k->piece);
-        backend_close(&k->backend);
-    }
-    free(l->workers);
-    free(l->list);
-    parallel_close(l->pool);
-    free(l);
-}
-
-static int run_transfers(struct loader *l)
-{
-    int rc = l->pool ? 0 : open_workers(l);
-    if (!rc)
-        rc = parallel_for(l->pool, l->n_tasks, transfer_task, l);
-    l->n = l->n_tasks = 0;
-    return rc;
-}
-
 static int load_tensor(struct loader *l, const struct tensor *t, struct mat *out)
 {
     void *data = NULL;
     int rc = acquire(l->w, (size_t)t->bytes, t->name, &data);
     if (!rc)
-        rc = add_transfer(l, t, data);
+        rc = loader_add(l, t, data);
     *out = (struct mat){data, t->dtype, tensor_rows(t), tensor_cols(t), tensor_cols(t)};
     return rc;
 }
@@ -249,8 +84,8 @@ static int load_plain_rows(struct loader *l, const struct model_linear *const *m
     for (int64_t i = 0, row = 0; !rc && i < n; row += members[i++]->spec->shape[0]) {
         parts[i] = (struct linear){.weight = mat_rows(&whole->weight, row, members[i]->spec->shape[0])};
         void *to = parts[i].weight.data;
-        rc = members[i]->quantized ? add_unpacking(l, members[i], to)
-                                   : add_transfer(l, members[i]->weight, to);
+        rc = members[i]->quantized ? loader_add_unpacked(l, members[i], to)
+                                   : loader_add(l, members[i]->weight, to);
     }
     return rc;
 }
@@ -288,10 +123,10 @@ static int load_steps(struct loader *l, const struct model_linear *from, const s
 
 static int load_packed(struct loader *l, const struct model_linear *from, const struct qmat *q)
 {
-    int rc = lies_by_rows(l, from->packed) ? add_transfer(l, from->packed, q->packed.data)
-                                           : add_unpacking(l, from, q->packed.data);
+    int rc = lies_by_rows(l, from->packed) ? loader_add(l, from->packed, q->packed.data)
+                                           : loader_add_unpacked(l, from, q->packed.data);
     if (!rc && lies_by_rows(l, from->scales))
-        rc = add_transfer(l, from->scales, q->scales.data);
+        rc = loader_add(l, from->scales, q->scales.data);
     return rc ? rc : load_steps(l, from, q);
 }
 
@@ -572,7 +407,7 @@ static int plan_part(struct weights *w, int part)
 int weights_load_part(struct weights *w, int part)
 {
     const int rc = plan_part(w, part);
-    return rc ? rc : run_transfers(w->loader);
+    return rc ? rc : loader_run(w->loader);
 }
 
 void weights_unload_part(struct weights *w, int part)
@@ -597,8 +432,8 @@ int weights_load(struct weights *w, const struct model *m, const struct backend 
     for (int part = WEIGHTS_TABLE; !rc && part < (int)m->gemma.n_layers; part++)
         rc = plan_part(w, part);
     if (!rc)
-        rc = run_transfers(w->loader);
-    close_loader(w->loader);
+        rc = loader_run(w->loader);
+    loader_close(w->loader);
     w->loader = NULL;
     if (rc < 0)
         weights_free(w);
@@ -638,7 +473,7 @@ void weights_free(struct weights *w)
 {
     for (size_t i = 0; i < w->n_bufs; i++)
         w->backend->core->release(w->backend, &w->bufs[i].buf);
-    close_loader(w->loader);
+    loader_close(w->loader);
     free(w->bufs);
     free(w->blocks);
     free(w->experts);
