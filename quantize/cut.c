@@ -1,6 +1,5 @@
 #include "quantize/cut.h"
 
-#include "base/clock.h"
 #include "base/err.h"
 #include "base/file.h"
 #include "base/mem.h"
@@ -215,42 +214,6 @@ size_t cut_recalled(const struct cut *c)
     return c->n_recalled;
 }
 
-/* One block of made-up weights through the kernels that the plan will use. */
-static int measure_kernels(const struct cut *c, double *seconds_per_weight)
-{
-    enum { ROWS = 64, COLS = 1024, N = ROWS * COLS };
-    const struct backend *b = &c->backend;
-    const struct quant_scheme s = c->options.recipe.scheme;
-    const int64_t group = s.group ? s.group : COLS, words = quant_packed_cols(s, COLS);
-    struct staged_buf memory; /* weights, codes, scales */
-    int rc =
-        b->core->acquire_staging(b, N * sizeof(float) + N + N * sizeof(uint16_t), "a trial block", &memory);
-    if (rc < 0)
-        return rc;
-    char *device = memory.device;
-    const struct mat weights = {device, DTYPE_F32, ROWS, COLS, COLS};
-    struct qmat q = {.packed = {device + N * sizeof(float), DTYPE_I32, ROWS, words, words},
-                     .scales = {device + N * sizeof(float) + N, DTYPE_BF16, ROWS, COLS / group, COLS / group},
-                     .bits = s.bits,
-                     .group = group,
-                     .cols = COLS};
-    for (int i = 0; i < N; i++)
-        ((float *)memory.host)[i] = sinf((float)i); /* any spread of values will do */
-    rc = b->core->stage_in(b, &memory, 0, N * sizeof(float));
-    if (!rc)
-        rc = b->core->wait(b);
-    const double start = clock_seconds();
-    if (!rc)
-        rc = b->quant->find_scales(b, &weights, &c->options.recipe.scales, &q);
-    if (!rc)
-        rc = b->quant->quantize(b, &weights, &q);
-    if (!rc)
-        rc = b->core->wait(b);
-    *seconds_per_weight = (clock_seconds() - start) / N;
-    b->core->release_staging(b, &memory);
-    return rc;
-}
-
 int cut_estimate(const struct cut *c, double *seconds)
 {
     const double storage_rate = 2e9;
@@ -259,7 +222,7 @@ int cut_estimate(const struct cut *c, double *seconds)
     const int rc = c->data
                        ? calibrate_estimate(&c->source, &c->plan, &c->backend, c->data,
                                             &c->options.recipe.tune, c->options.recipe.passes, &calibration)
-                       : measure_kernels(c, &each);
+                       : pipeline_measure(&c->backend, &c->options.recipe, &each);
     if (!rc)
         *seconds = (double)t.n_quantized * each / t.n_workers + calibration +
                    (double)(t.source_bytes + t.output_bytes) / storage_rate;

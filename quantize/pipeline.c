@@ -1,8 +1,10 @@
 #include "quantize/pipeline_impl.h"
 
+#include "base/clock.h"
 #include "base/err.h"
 #include "base/mem.h"
 
+#include <math.h>
 #include <stdlib.h>
 
 /* --- planning ------------------------------------------------------------------------------------------------- */
@@ -200,6 +202,40 @@ uint64_t pipeline_memory_bytes(const struct pipeline *p, int n_workers)
     /* where the device has memory of its own, what is staged lies on the host as well */
     return (uint64_t)n_workers * ((p->on_host ? 1 : 2) * pipeline_worker_bytes(p) + state) + state;
 }
+int pipeline_measure(const struct backend *b, const struct recipe *r, double *seconds_per_weight)
+{
+    enum { ROWS = 64, COLS = 1024, N = ROWS * COLS };
+    const struct quant_scheme s = r->scheme;
+    const int64_t group = s.group ? s.group : COLS, words = quant_packed_cols(s, COLS);
+    struct staged_buf memory; /* weights, codes, scales */
+    int rc =
+        b->core->acquire_staging(b, N * sizeof(float) + N + N * sizeof(uint16_t), "a trial block", &memory);
+    if (rc < 0)
+        return rc;
+    char *device = memory.device;
+    const struct mat weights = {device, DTYPE_F32, ROWS, COLS, COLS};
+    struct qmat q = {.packed = {device + N * sizeof(float), DTYPE_I32, ROWS, words, words},
+                     .scales = {device + N * sizeof(float) + N, DTYPE_BF16, ROWS, COLS / group, COLS / group},
+                     .bits = s.bits,
+                     .group = group,
+                     .cols = COLS};
+    for (int i = 0; i < N; i++)
+        ((float *)memory.host)[i] = sinf((float)i); /* any spread of values will do */
+    rc = b->core->stage_in(b, &memory, 0, N * sizeof(float));
+    if (!rc)
+        rc = b->core->wait(b);
+    const double start = clock_seconds();
+    if (!rc)
+        rc = b->quant->find_scales(b, &weights, &r->scales, &q);
+    if (!rc)
+        rc = b->quant->quantize(b, &weights, &q);
+    if (!rc)
+        rc = b->core->wait(b);
+    *seconds_per_weight = (clock_seconds() - start) / N;
+    b->core->release_staging(b, &memory);
+    return rc;
+}
+
 const struct written_tensor *pipeline_tensors(const struct pipeline *p, size_t *n)
 {
     *n = p->n_written;

@@ -47,6 +47,9 @@ uint64_t pipeline_source_bytes(const struct pipeline *p);
 uint64_t pipeline_worker_bytes(const struct pipeline *p); /* of them, taken from the backend by one worker */
 uint64_t pipeline_memory_bytes(const struct pipeline *p, int n_workers);
 
+/* One block of made-up weights through the kernels that a recipe without calibration will use. */
+int pipeline_measure(const struct backend *b, const struct recipe *r, double *seconds_per_weight);
+
 /* Runs everything; the writer has begun. Each worker opens a handle of its own beside b. */
 int pipeline_run(struct pipeline *p, struct parallel *pool, const struct backend *b,
                  const struct pipeline_events *events);
