@@ -287,6 +287,18 @@ static struct twin random_choice(int64_t rows, int64_t n, int64_t k, int64_t sla
     return twin_of(&m);
 }
 
+/* Of each token k rows, none twice: of equal results the gradient would be nothing but rounding. */
+static struct twin random_slots(int64_t tokens, int64_t k, int64_t slack, int64_t rows)
+{
+    struct mat m = {room((size_t)(tokens * (k + slack)), sizeof(int32_t)), DTYPE_I32, tokens, k, k + slack};
+    for (int64_t t = 0; t < tokens; t++) {
+        const int64_t first = (int64_t)(support_random(&random_state) % (uint64_t)rows);
+        for (int64_t i = 0; i < k; i++)
+            ((int32_t *)m.data)[t * m.stride + i] = (int32_t)((first + i) % rows);
+    }
+    return twin_of(&m);
+}
+
 /* in_place: into the logits */
 static void check_route_backward(struct outcome *o, int64_t n, int64_t cols, const int64_t *size, size_t kind)
 {
@@ -296,7 +308,7 @@ static void check_route_backward(struct outcome *o, int64_t n, int64_t cols, con
     struct route_backward_args a = {.logits = twin_random(DTYPE_F32, n, size[0], slack, 4),
                                     .factors = twin_random(float_types[factors % 3], 1, size[0], 0, 2),
                                     .experts = random_choice(n, size[0], size[1], slack),
-                                    .slots = random_indices(n, size[1], slack, rows),
+                                    .slots = random_slots(n, size[1], slack, rows),
                                     .y = quick_random(ACT, rows, cols, slack),
                                     .dout = quick_random(ACT, n, cols, slack),
                                     .has_factors = factors < 3};
