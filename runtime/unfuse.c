@@ -17,9 +17,9 @@ static const struct kind {
 };
 enum { N_KINDS = sizeof kinds / sizeof *kinds };
 
-/* Which kind a tensor is, and of which layer; NULL: none. */
-static const struct kind *find_kind(const struct gemma_config *c, const char *prefix, const char *name,
-                                    int *layer)
+/* What a layer's tensor is called in it, and the layer; NULL: it is not of a layer. */
+static const char *name_in_layer(const struct gemma_config *c, const char *prefix, const char *name,
+                                 int *layer)
 {
     static const char layers[] = "layers.";
     const size_t n = strlen(prefix);
@@ -27,13 +27,36 @@ static const struct kind *find_kind(const struct gemma_config *c, const char *pr
         return NULL;
     char *end;
     const long long i = strtoll(name + n + sizeof layers - 1, &end, 10);
-    if (i < 0 || i >= c->n_layers || *end++ != '.')
+    if (i < 0 || i >= c->n_layers || *end != '.')
         return NULL;
     *layer = (int)i;
-    for (int k = 0; k < N_KINDS; k++)
-        if (!strcmp(end, kinds[k].name))
+    return end + 1;
+}
+
+/* Which kind a tensor is, and of which layer; NULL: none. */
+static const struct kind *find_kind(const struct gemma_config *c, const char *prefix, const char *name,
+                                    int *layer)
+{
+    const char *own = name_in_layer(c, prefix, name, layer);
+    for (int k = 0; own && k < N_KINDS; k++)
+        if (!strcmp(own, kinds[k].name))
             return &kinds[k];
     return NULL;
+}
+
+/* Experts that the settings know nothing of would be left out of everything that is computed. */
+static int refuse_experts(const struct checkpoint *ck, const struct gemma_config *c, const char *prefix)
+{
+    static const char experts[] = "experts.";
+    int layer;
+    for (size_t i = 0; i < ck->n_tensors; i++) {
+        const char *own = name_in_layer(c, prefix, ck->tensors[i].name, &layer);
+        if (own && !strncmp(own, experts, sizeof experts - 1))
+            return err_set(ERR_UNSUPPORTED,
+                           "%s: has tensor '%s', but config.json does not say 'enable_moe_block'", ck->folder,
+                           ck->tensors[i].name);
+    }
+    return 0;
 }
 
 static int check_shape(const struct checkpoint *ck, const struct tensor *t, const struct gemma_config *c,
@@ -106,8 +129,8 @@ int unfuse_experts(struct fused_tensors *out, struct checkpoint *ck, const struc
                    const char *prefix)
 {
     *out = (struct fused_tensors){0};
-    size_t n_parts, n = 0, n_fused = 0;
-    int rc = c->n_experts ? count(out, ck, c, prefix, &n_parts) : 0;
+    size_t n_parts = 0, n = 0, n_fused = 0;
+    int rc = c->n_experts ? count(out, ck, c, prefix, &n_parts) : refuse_experts(ck, c, prefix);
     if (rc < 0 || !out->n)
         return rc;
     struct tensor *list = mem_alloc(ck->n_tensors - out->n + n_parts, sizeof *list, "the tensor list");

@@ -179,6 +179,12 @@ static void test_other_shapes(void **state)
     assert_error(open_and_bind(changed("gone-one", &one, weights, "layers.2.experts.7.up_proj.weight",
                                        "layers.2.experts.8.up_proj.weight")),
                  ERR_FORMAT, "'model.layers.2.experts.7.up_proj.weight' is missing, expected BF16 [96, 64]");
+    /* experts that the settings do not speak of */
+    static const char key[] = "enable_moe_block", other_key[] = "enable_moe_blocx";
+    assert_error(open_and_bind(changed("unsaid", mixture, config, key, other_key)), ERR_UNSUPPORTED,
+                 "has tensor 'model.layers.0.experts.down_proj', but config.json does not say 'enable_moe_block'");
+    assert_error(open_and_bind(changed("unsaid-one", &one, config, key, other_key)), ERR_UNSUPPORTED,
+                 "has tensor 'model.layers.0.experts.");
 }
 
 /* A model of two files: the mixture's own, and one with one more tensor. */
