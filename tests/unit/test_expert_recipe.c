@@ -1,9 +1,6 @@
 /* What becomes of a mixture of experts by a recipe: all experts of a layer alike, in groups that divide both of their widths,
  * and described to every reader so. */
-#include "base/log.h"
-#include "quantize/recipe.h"
-#include "tests/unit/support.h"
-#include "tests/unit/tiny_gemma.h"
+#include "tests/unit/recipe_support.h"
 
 /* 384 = 3 · 128, the MLP's 320 and the experts' 192 are multiples of 64; the last layer's values are its keys. */
 static const struct tiny_gemma model = {
@@ -21,32 +18,11 @@ static const struct tiny_gemma model = {
     .head_dim = 64,
     .dtype = DTYPE_BF16};
 enum { LAYERS = 3, N_EXPERTS = 4, N_LINEARS = LAYERS * (7 + 3 * N_EXPERTS) - 1 };
-static struct gemma_config config;
-static struct gemma_tensors tensors;
-static char warnings[2048];
-
-static void take_warning(void *ctx, const char *message)
-{
-    (void)ctx;
-    const size_t n = strlen(warnings);
-    snprintf(warnings + n, sizeof warnings - n, "%s\n", message);
-}
 
 static int setup(void **state)
 {
     (void)state;
-    tiny_gemma_tensors(&model, &config, &tensors);
-    log_set_sink(take_warning, NULL);
-    return 0;
-}
-
-static int teardown(void **state)
-{
-    (void)state;
-    log_set_sink(NULL, NULL);
-    gemma_tensors_free(&tensors);
-    gemma_config_free(&config);
-    return 0;
+    return recipe_setup(&model);
 }
 
 static struct recipe recipe_of(int64_t group, enum ragged_rule ragged)
@@ -56,8 +32,7 @@ static struct recipe recipe_of(int64_t group, enum ragged_rule ragged)
 
 static void resolve(struct recipe_plan *plan, const struct recipe *r)
 {
-    warnings[0] = '\0';
-    assert_ok(recipe_resolve(plan, r, &tensors));
+    recipe_settle(plan, r);
     assert_int_equal(plan->n, N_LINEARS);
 }
 
@@ -118,8 +93,8 @@ static void test_ragged(void **state)
         check_linears(&plan, -1, false, GEMMA_UP, cases[i].wide < 0 ? 0 : 4, cases[i].wide);
         check_linears(&plan, -1, false, GEMMA_DOWN, cases[i].down < 0 ? 0 : 4, cases[i].down);
         check_experts(&plan, -1, cases[i].experts < 0 ? 0 : 4, cases[i].experts);
-        if (cases[i].warning ? !strstr(warnings, cases[i].warning) : warnings[0])
-            fail_msg("case %zu warns: %s", i, warnings);
+        if (cases[i].warning ? !strstr(recipe_warnings, cases[i].warning) : recipe_warnings[0])
+            fail_msg("case %zu warns: %s", i, recipe_warnings);
         recipe_plan_free(&plan);
     }
 }
@@ -130,12 +105,12 @@ static void test_ragged_refused(void **state)
     struct recipe_plan plan;
     static const char *const down[] = {"*mlp.down_proj"};
     struct recipe r = recipe_of(128, RAGGED_ERROR);
-    assert_error(recipe_resolve(&plan, &r, &tensors), ERR_UNSUPPORTED,
+    assert_error(recipe_resolve(&plan, &r, &recipe_tensors), ERR_UNSUPPORTED,
                  "'model.layers.0.mlp.down_proj.weight' has 320 columns, which groups of 128 do not divide");
     r.ignore = down;
     r.n_ignore = 1;
     assert_error(
-        recipe_resolve(&plan, &r, &tensors), ERR_UNSUPPORTED,
+        recipe_resolve(&plan, &r, &recipe_tensors), ERR_UNSUPPORTED,
         "'model.layers.0.experts.0.down_proj.weight' has 192 columns, which groups of 128 do not divide");
 }
 
@@ -157,9 +132,10 @@ static void test_partial(void **state)
         check_experts(&plan, 1, 0, 0);
         check_experts(&plan, 2, 4, 32);
         check_linears(&plan, -1, false, GEMMA_DOWN, 4, 32);
-        if (!strstr(warnings, "names only a part of what readers run as one matrix in 1 places (first: with "
-                              "model.layers.1.experts.0.gate_proj.weight); it is applied to the whole there"))
-            fail_msg("--ignore '%s' warns: %s", globs[i], warnings);
+        if (!strstr(recipe_warnings,
+                    "names only a part of what readers run as one matrix in 1 places (first: with "
+                    "model.layers.1.experts.0.gate_proj.weight); it is applied to the whole there"))
+            fail_msg("--ignore '%s' warns: %s", globs[i], recipe_warnings);
         recipe_plan_free(&plan);
     }
 }
@@ -177,7 +153,7 @@ static void test_whole(void **state)
     r.n_ignore = r.n_overrides = 1;
     r.n_only = 2;
     resolve(&plan, &r);
-    assert_string_equal(warnings, "");
+    assert_string_equal(recipe_warnings, "");
     check_experts(&plan, 0, 0, 0);
     check_experts(&plan, 1, 8, 64);
     check_experts(&plan, 2, 8, 64);
@@ -199,7 +175,8 @@ static void test_name_of_both(void **state)
     check_linears(&plan, -1, false, GEMMA_DOWN, 8, 32);
     check_linears(&plan, -1, false, GEMMA_GATE, 4, 64);
     check_experts(&plan, -1, 8, 32);
-    assert_non_null(strstr(warnings, "in 3 places (first: with model.layers.0.experts.0.gate_proj.weight)"));
+    assert_non_null(
+        strstr(recipe_warnings, "in 3 places (first: with model.layers.0.experts.0.gate_proj.weight)"));
     recipe_plan_free(&plan);
 }
 
@@ -212,7 +189,8 @@ static void test_router(void **state)
     struct recipe r = recipe_of(64, RAGGED_AUTO);
     r.ignore = router;
     r.n_ignore = 1;
-    assert_error(recipe_resolve(&plan, &r, &tensors), ERR_USAGE, "--ignore '*router*' matches no linear");
+    assert_error(recipe_resolve(&plan, &r, &recipe_tensors), ERR_USAGE,
+                 "--ignore '*router*' matches no linear");
 }
 
 /* --- the description ------------------------------------------------------------------------------------------------ */
@@ -234,7 +212,7 @@ static void check_described(const struct recipe *r, struct quant_config *q)
     struct quant_config read;
     struct quant_scheme s;
     resolve(&plan, r);
-    assert_ok(recipe_quant_config(q, &plan, r->format, false, &config));
+    assert_ok(recipe_quant_config(q, &plan, r->format, false, &recipe_config));
     quant_config_write(q, &t);
     assert_ok(text_finish(&t));
     assert_ok(json_parse(&doc, t.data, t.len, "config.json"));
@@ -339,5 +317,5 @@ int main(void)
         cmocka_unit_test(test_described),    cmocka_unit_test(test_expressions),
         cmocka_unit_test(test_names),
     };
-    return cmocka_run_group_tests(tests, setup, teardown);
+    return cmocka_run_group_tests(tests, setup, recipe_teardown);
 }

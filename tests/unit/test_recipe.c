@@ -1,9 +1,6 @@
 /* From what the user asks to what happens to each linear: patterns, fused sets, ragged widths, and the
  * quantization_config that describes the outcome to every reader. */
-#include "base/log.h"
-#include "quantize/recipe.h"
-#include "tests/unit/support.h"
-#include "tests/unit/tiny_gemma.h"
+#include "tests/unit/recipe_support.h"
 
 /* 96 = 3 · 32; the MLP's 4352 = 17 · 256 */
 static const struct tiny_gemma model = {.hidden = 96,
@@ -14,47 +11,25 @@ static const struct tiny_gemma model = {.hidden = 96,
                                         .kv_heads = 2,
                                         .head_dim = 64,
                                         .dtype = DTYPE_BF16};
-static struct gemma_config config;
-static struct gemma_tensors tensors;
-static char warnings[2048];
-
-static void take_warning(void *ctx, const char *message)
-{
-    (void)ctx;
-    const size_t n = strlen(warnings);
-    snprintf(warnings + n, sizeof warnings - n, "%s\n", message);
-}
 
 static int setup(void **state)
 {
     (void)state;
-    tiny_gemma_tensors(&model, &config, &tensors);
-    log_set_sink(take_warning, NULL);
-    return 0;
-}
-
-static int teardown(void **state)
-{
-    (void)state;
-    log_set_sink(NULL, NULL);
-    gemma_tensors_free(&tensors);
-    gemma_config_free(&config);
-    return 0;
+    return recipe_setup(&model);
 }
 
 static const struct recipe g32 = {.method = "rtn", .scheme = {4, true, 32}};
 
 static void resolve(struct recipe_plan *plan, const struct recipe *r)
 {
-    warnings[0] = '\0';
-    assert_ok(recipe_resolve(plan, r, &tensors));
+    recipe_settle(plan, r);
     assert_int_equal(plan->n, 3 * 7);
 }
 
 static void check_refused(const struct recipe *r, int code, const char *message)
 {
     struct recipe_plan plan;
-    assert_error(recipe_resolve(&plan, r, &tensors), code, message);
+    assert_error(recipe_resolve(&plan, r, &recipe_tensors), code, message);
 }
 
 static const struct linear_plan *find(const struct recipe_plan *plan, int layer, enum gemma_role role)
@@ -137,7 +112,7 @@ static void test_everything(void **state)
     struct recipe_plan plan;
     resolve(&plan, &g32);
     check_all(&plan, 4, 32);
-    assert_string_equal(warnings, "");
+    assert_string_equal(recipe_warnings, "");
     recipe_plan_free(&plan);
 }
 
@@ -157,8 +132,8 @@ static void test_fused_sets(void **state)
         check_linear(&plan, 1, (enum gemma_role)role, role <= GEMMA_V ? 0 : 4, 32);
         check_linear(&plan, 2, (enum gemma_role)role, role == GEMMA_GATE || role == GEMMA_UP ? 0 : 4, 32);
     }
-    assert_non_null(strstr(warnings, "'model.layers.1.self_attn.k_proj' names only a part"));
-    assert_null(strstr(warnings, "down_proj'"));
+    assert_non_null(strstr(recipe_warnings, "'model.layers.1.self_attn.k_proj' names only a part"));
+    assert_null(strstr(recipe_warnings, "down_proj'"));
     assert_string_equal(find(&plan, 0, GEMMA_DOWN)->why, "ignored");
     recipe_plan_free(&plan);
 }
@@ -207,7 +182,7 @@ static void test_ragged(void **state)
     check_linear(&plan, 0, GEMMA_GATE, 4, 32);
     check_linear(&plan, 0, GEMMA_O, 4, 128); /* 256 columns */
     check_linear(&plan, 0, GEMMA_DOWN, 4, 128);
-    assert_non_null(strstr(warnings, "the group size does not divide the width of 15 linears"));
+    assert_non_null(strstr(recipe_warnings, "the group size does not divide the width of 15 linears"));
     recipe_plan_free(&plan);
     r.ragged = RAGGED_KEEP;
     resolve(&plan, &r);
@@ -223,7 +198,7 @@ static void test_ragged(void **state)
     r.scheme.group = 256;
     r.ragged = RAGGED_SMALLER;
     resolve(&plan, &r);
-    assert_non_null(strstr(warnings, "groups of 256 have no fast kernel"));
+    assert_non_null(strstr(recipe_warnings, "groups of 256 have no fast kernel"));
     recipe_plan_free(&plan);
 }
 
@@ -257,7 +232,7 @@ static void check_described(const struct recipe *r, struct quant_config *q)
 {
     struct recipe_plan plan;
     resolve(&plan, r);
-    assert_ok(recipe_quant_config(q, &plan, r->format, recipe_act_order(r), &config));
+    assert_ok(recipe_quant_config(q, &plan, r->format, recipe_act_order(r), &recipe_config));
     for (size_t i = 0; i < plan.n; i++) {
         const struct linear_plan *l = &plan.linears[i];
         char *module = gemma_module(l->tensor);
@@ -358,11 +333,12 @@ static void test_written(void **state)
     struct text t = {0};
     recipe_write(&r, &t);
     assert_ok(text_finish(&t));
-    assert_string_equal(t.data,
-                        "{\"method\": \"rtn\", \"format\": \"compressed-tensors\", \"scheme\": \"w4a16-asym\", \"group_size\": 64, \"scales\": "
-                        "\"mse\", \"scale_sign\": \"positive\", \"ragged\": \"keep\", \"ignore\": "
-                        "[\"*.q_proj\"], \"only\": [], \"override\": [{\"glob\": \"*.o_proj\", \"scheme\": "
-                        "\"w8a16\", \"group_size\": \"channel\"}], \"allow_nonfinite\": true}");
+    assert_string_equal(
+        t.data,
+        "{\"method\": \"rtn\", \"format\": \"compressed-tensors\", \"scheme\": \"w4a16-asym\", \"group_size\": 64, \"scales\": "
+        "\"mse\", \"scale_sign\": \"positive\", \"ragged\": \"keep\", \"ignore\": "
+        "[\"*.q_proj\"], \"only\": [], \"override\": [{\"glob\": \"*.o_proj\", \"scheme\": "
+        "\"w8a16\", \"group_size\": \"channel\"}], \"allow_nonfinite\": true}");
     text_free(&t);
 }
 
@@ -376,5 +352,5 @@ int main(void)
         cmocka_unit_test(test_described_mixed), cmocka_unit_test(test_described_ragged),
         cmocka_unit_test(test_written),
     };
-    return cmocka_run_group_tests(tests, setup, teardown);
+    return cmocka_run_group_tests(tests, setup, recipe_teardown);
 }
