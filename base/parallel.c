@@ -89,7 +89,7 @@ static void *worker_main(void *arg)
     return NULL;
 }
 
-static int usable_processors(void)
+int parallel_processors(void)
 {
     cpu_set_t set;
     return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
@@ -99,7 +99,7 @@ int parallel_open(struct parallel **out, int n_workers)
 {
     *out = NULL;
     if (n_workers == 0)
-        n_workers = usable_processors();
+        n_workers = parallel_processors();
     CHECK(n_workers >= 1);
     struct parallel *p = mem_alloc(1, sizeof *p, "a thread pool");
     if (!p)

@@ -12,6 +12,7 @@ typedef int (*parallel_task)(void *ctx, size_t index, int worker);
 
 /* n_workers ≥ 1 in all, the calling thread included; 0 = one for each processor that this process may use. */
 int parallel_open(struct parallel **out, int n_workers);
+int parallel_processors(void); /* that this process may use */
 void parallel_close(struct parallel *p);
 int parallel_workers(const struct parallel *p);
 

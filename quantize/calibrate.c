@@ -47,12 +47,9 @@ static int open_solver(struct run *r)
         return ERR_MEMORY;
     const bool solves = calibrate_solves(&r->o->tune);
     const size_t n = solves ? calibrate_sizes(r->plan, n_layers, sizes) : 0;
-    int64_t cols = 0;
-    for (size_t i = 0; i < n; i++)
-        cols = sizes[i].cols > cols ? sizes[i].cols : cols;
     int rc = solver_open(&r->solver, r, r->b, sizes, n, &r->clock);
     if (!rc && solves)
-        rc = r->b->core->acquire(r->b, (size_t)(cols * cols) * sizeof(float), "a Hessian", &r->hessian);
+        rc = r->b->core->acquire(r->b, gptq_hessian_bytes(sizes, n), "a Hessian", &r->hessian);
     free(sizes);
     return rc;
 }

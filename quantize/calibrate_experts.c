@@ -31,12 +31,7 @@ size_t calibrate_expert_sizes(const struct recipe_plan *plan, struct gptq_size o
 
 int calibrate_expert_workers(const struct backend *b)
 {
-    struct parallel *pool;
-    if (!b->host_memory || parallel_open(&pool, 0) < 0)
-        return DEVICE_WORKERS;
-    const int n = parallel_workers(pool);
-    parallel_close(pool);
-    return n;
+    return b->host_memory ? parallel_processors() : DEVICE_WORKERS;
 }
 
 int calibrate_open_experts(struct run *r, const struct calibrate_plan *plan)
@@ -45,9 +40,6 @@ int calibrate_open_experts(struct run *r, const struct calibrate_plan *plan)
     static struct work_clock uncounted; /* by themselves */
     struct gptq_size sizes[EXPERT_SIZES];
     const size_t n = calibrate_expert_sizes(r->plan, sizes);
-    int64_t cols = 0;
-    for (size_t i = 0; i < n; i++)
-        cols = sizes[i].cols > cols ? sizes[i].cols : cols;
     if (!n)
         return 0;
     x->at_once = plan->experts_at_once;
@@ -68,8 +60,8 @@ int calibrate_open_experts(struct run *r, const struct calibrate_plan *plan)
     x->list = mem_alloc((size_t)workers, sizeof *x->list, "workers");
     rc = x->backends && x->list ? 0 : ERR_MEMORY;
     if (!rc)
-        rc = r->b->core->acquire(r->b, (size_t)(cols * cols * x->at_once) * sizeof(float),
-                                 "experts' Hessians", &x->hessian);
+        rc = r->b->core->acquire(r->b, (size_t)x->at_once * gptq_hessian_bytes(sizes, n), "experts' Hessians",
+                                 &x->hessian);
     for (; !rc && x->n < workers; x->n++) {
         rc = backend_open_beside(&x->backends[x->n], r->b);
         if (!rc)
@@ -213,29 +205,35 @@ void calibrate_warn_of_starved(const struct run *r)
 
 static const enum gemma_fused kinds[2] = {FUSED_GATE_UP, FUSED_DOWN};
 
-int calibrate_run_experts(struct run *r, int layer)
-{
-    const struct set some = set_find(r->plan, layer, FUSED_GATE_UP, 0);
-    bool *known = mem_alloc((size_t)r->m->gemma.n_experts, sizeof *known, "experts");
-    int rc = known ? capture_route(r->capture, layer) : ERR_MEMORY;
-    for (int k = 0; !rc && set_quantized(&some) && k < 2; k++) {
-        rc = recall_kind(r, layer, kinds[k], known);
-        if (!rc)
-            rc = run_kind(r, layer, kinds[k], known);
-    }
-    if (!rc && set_quantized(&some))
-        note_starved(r, layer);
-    free(known);
-    return rc;
-}
-
-/* --- a block under tuning ----------------------------------------------------------------------------------------- */
-
 static bool experts_quantized(const struct run *r, int layer)
 {
     const struct set some = set_find(r->plan, layer, FUSED_GATE_UP, 0);
     return set_quantized(&some);
 }
+
+/* Codes for all experts of a layer that has routes; recall: but for those that an earlier run has found. */
+static int solve_experts(struct run *r, int layer, bool recall)
+{
+    bool *known = mem_alloc((size_t)r->m->gemma.n_experts, sizeof *known, "experts");
+    int rc = known ? 0 : ERR_MEMORY;
+    for (int k = 0; !rc && k < 2; k++) {
+        rc = recall ? recall_kind(r, layer, kinds[k], known) : 0;
+        if (!rc)
+            rc = run_kind(r, layer, kinds[k], known);
+    }
+    if (!rc)
+        note_starved(r, layer);
+    free(known);
+    return rc;
+}
+
+int calibrate_run_experts(struct run *r, int layer)
+{
+    const int rc = capture_route(r->capture, layer);
+    return rc || !experts_quantized(r, layer) ? rc : solve_experts(r, layer, true);
+}
+
+/* --- a block under tuning ----------------------------------------------------------------------------------------- */
 
 int calibrate_begin_experts(struct run *r, int layer, bool *quantized)
 {
@@ -268,14 +266,8 @@ int calibrate_start_experts(struct run *r, int layer)
 {
     if (!experts_quantized(r, layer))
         return 0;
-    bool *known = mem_alloc((size_t)r->m->gemma.n_experts, sizeof *known, "experts"); /* none */
-    int rc = known ? capture_route(r->capture, layer) : ERR_MEMORY;
-    for (int k = 0; !rc && k < 2; k++)
-        rc = run_kind(r, layer, kinds[k], known);
-    if (!rc)
-        note_starved(r, layer);
-    free(known);
-    return rc;
+    const int rc = capture_route(r->capture, layer);
+    return rc ? rc : solve_experts(r, layer, false);
 }
 
 int calibrate_finish_experts(struct run *r, int layer, const struct tune_stats *stats)

@@ -31,14 +31,7 @@ static uint64_t results_bytes(const struct result_bytes *r)
 static uint64_t solver_bytes(const struct backend *b, const struct gptq_size *sizes, size_t n,
                              const struct tune_options *tune)
 {
-    uint64_t hessian = 0;
-    if (!calibrate_solves(tune))
-        return 0;
-    for (size_t i = 0; i < n; i++) {
-        const uint64_t bytes = (uint64_t)(sizes[i].cols * sizes[i].cols) * sizeof(float);
-        hessian = bytes > hessian ? bytes : hessian;
-    }
-    return hessian + gptq_bytes(b->activation, sizes, n);
+    return calibrate_solves(tune) ? gptq_hessian_bytes(sizes, n) + gptq_bytes(b->activation, sizes, n) : 0;
 }
 
 /* Of what quantizes experts: Hessians of as many, and the solvers. */
@@ -48,10 +41,7 @@ static uint64_t experts_bytes(const struct recipe_plan *plan, const struct backe
     struct gptq_size sizes[EXPERT_SIZES];
     const size_t n = calibrate_solves(tune) ? calibrate_expert_sizes(plan, sizes) : 0;
     const struct result_bytes result = sets_largest_result(plan);
-    int64_t cols = 0;
-    for (size_t i = 0; i < n; i++)
-        cols = sizes[i].cols > cols ? sizes[i].cols : cols;
-    return n ? (uint64_t)(cols * cols * at_once) * sizeof(float) +
+    return n ? (uint64_t)at_once * gptq_hessian_bytes(sizes, n) +
                    (uint64_t)calibrate_expert_workers(b) *
                        (gptq_bytes(b->activation, sizes, n) + result_total(&result) + b->scratch_bytes)
              : 0;

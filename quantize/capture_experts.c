@@ -201,11 +201,5 @@ int routes_join(struct step *s)
     const struct mat weights = mat_rows(&r->weights, s->batch->first_row, s->batch->rows);
     const int64_t first = s->batch->first_row * weights.cols;
     CHECK(r->layer == s->layer);
-    int rc = experts_assign(c->w, s->layer, &r->room,
-                            &(struct expert_tokens){.n = s->batch->rows, .chosen = r->host + first});
-    if (!rc)
-        rc = experts_gather(c->w, s->layer, &r->room, &s->x);
-    if (!rc)
-        rc = experts_inner(c->w, s->layer, &r->room);
-    return rc ? rc : experts_join(c->w, s->layer, &r->room, &weights, &s->branch);
+    return experts_run(c->w, s->layer, &r->room, &s->x, r->host + first, &weights, &s->branch);
 }

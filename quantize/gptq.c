@@ -111,6 +111,12 @@ static int64_t most_cols(const struct gptq_size *sizes, size_t n)
     return cols;
 }
 
+uint64_t gptq_hessian_bytes(const struct gptq_size *sizes, size_t n)
+{
+    const int64_t cols = most_cols(sizes, n);
+    return (uint64_t)(cols * cols) * sizeof(float);
+}
+
 uint64_t gptq_bytes(enum dtype act, const struct gptq_size *sizes, size_t n)
 {
     return space_bytes(act, sizes, n) + (uint64_t)most_cols(sizes, n) * sizeof(int32_t) +

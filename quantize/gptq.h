@@ -26,7 +26,7 @@ struct gptq_stats {
     double nearest_error, error; /* with nearest codes under the same scales; as it is written */
     double weight_error;         /* Σ(w − ŵ)² / Σw² */
     double damping;              /* that it took */
-    double clipped; /* share of weights that lie beyond their group's codes by more than half a step */
+    double clipped;   /* share of weights that lie beyond their group's codes by more than half a step */
     int64_t n_dead;   /* inputs that were always zero */
     int64_t n_tokens; /* that the router sent, where it is an expert's; not known here: 0 */
 };
@@ -43,6 +43,8 @@ int gptq_open(struct gptq **out, const struct backend *b, const struct gptq_opti
               const struct gptq_size *sizes, size_t n, struct work_clock *clock);
 void gptq_close(struct gptq *g);
 uint64_t gptq_bytes(enum dtype activation, const struct gptq_size *sizes, size_t n);
+uint64_t gptq_hessian_bytes(const struct gptq_size *sizes,
+                            size_t n); /* of the largest Hessian, which is the caller's */
 
 /* Takes a finished Hessian F32 [cols, cols]: damps it in place, for all that follows, since directions that hardly any
  * input had must not cost nothing; finds the order of its columns and its factor. Inputs that were not finite, and a

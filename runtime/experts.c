@@ -183,6 +183,17 @@ int experts_join(const struct weights *w, int layer, const struct experts_room *
     return rc ? rc : b->core->scale(b, 1, &sum, false, branch);
 }
 
+int experts_run(const struct weights *w, int layer, struct experts_room *r, const struct mat *x,
+                const int32_t *chosen, const struct mat *weights, const struct mat *branch)
+{
+    int rc = experts_assign(w, layer, r, &(struct expert_tokens){.n = x->rows, .chosen = chosen});
+    if (!rc)
+        rc = experts_gather(w, layer, r, x);
+    if (!rc)
+        rc = experts_inner(w, layer, r);
+    return rc ? rc : experts_join(w, layer, r, weights, branch);
+}
+
 int experts_add(const struct weights *w, int layer, struct experts_room *r, const struct mat *x,
                 const struct mat *branch)
 {
@@ -192,11 +203,5 @@ int experts_add(const struct weights *w, int layer, struct experts_room *r, cons
     int rc = experts_route(w, layer, r, x, &chosen, &weights);
     if (!rc)
         rc = b->core->download(b, r->host, chosen.data, (size_t)(tokens * chosen.cols) * sizeof *r->host);
-    if (!rc)
-        rc = experts_assign(w, layer, r, &(struct expert_tokens){.n = tokens, .chosen = r->host});
-    if (!rc)
-        rc = experts_gather(w, layer, r, x);
-    if (!rc)
-        rc = experts_inner(w, layer, r);
-    return rc ? rc : experts_join(w, layer, r, &weights, branch);
+    return rc ? rc : experts_run(w, layer, r, x, r->host, &weights, branch);
 }

@@ -69,6 +69,10 @@ struct mat experts_rows(const struct experts_room *r, const struct mat *m,
 int experts_join(const struct weights *w, int layer, const struct experts_room *r, const struct mat *weights,
                  const struct mat *branch);
 
+/* From a routing that is known to the end: chosen on the host, [tokens, top_k]. */
+int experts_run(const struct weights *w, int layer, struct experts_room *r, const struct mat *x,
+                const int32_t *chosen, const struct mat *weights, const struct mat *branch);
+
 /* All of it, by r->chosen and r->weights. */
 int experts_add(const struct weights *w, int layer, struct experts_room *r, const struct mat *x,
                 const struct mat *branch);

@@ -125,6 +125,10 @@ struct gemma_tensors {
 int gemma_tensors(struct gemma_tensors *out, const struct gemma_config *cfg, const char *prefix);
 void gemma_tensors_free(struct gemma_tensors *t);
 
+/* What a layer's tensor is called behind "layers.N.", and the layer; NULL: it is not of a layer of this model. */
+const char *gemma_name_in_layer(const struct gemma_config *cfg, const char *prefix, const char *name,
+                                int *layer);
+
 /* Whether a tensor on disk is one that no computation reads: keys' and values' projections of layers that share those of
  * another. Released checkpoints hold them; cuts leave them out. */
 bool gemma_is_dead(const struct gemma_config *cfg, const char *prefix, const char *name);

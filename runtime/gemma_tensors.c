@@ -114,16 +114,27 @@ int gemma_tensors(struct gemma_tensors *out, const struct gemma_config *c, const
     return rc;
 }
 
-bool gemma_is_dead(const struct gemma_config *c, const char *prefix, const char *name)
+const char *gemma_name_in_layer(const struct gemma_config *c, const char *prefix, const char *name,
+                                int *layer)
 {
     static const char layers[] = "layers.";
     const size_t n = strlen(prefix);
     if (strncmp(name, prefix, n) || strncmp(name + n, layers, sizeof layers - 1))
-        return false;
+        return NULL;
     char *end;
     const long long i = strtoll(name + n + sizeof layers - 1, &end, 10);
-    return i >= 0 && i < c->n_layers && c->layers[i].kv_source != i &&
-           (!strncmp(end, ".self_attn.k_proj.", 18) || !strncmp(end, ".self_attn.v_proj.", 18));
+    if (i < 0 || i >= c->n_layers || *end != '.')
+        return NULL;
+    *layer = (int)i;
+    return end + 1;
+}
+
+bool gemma_is_dead(const struct gemma_config *c, const char *prefix, const char *name)
+{
+    int layer;
+    const char *own = gemma_name_in_layer(c, prefix, name, &layer);
+    return own && c->layers[layer].kv_source != layer &&
+           (!strncmp(own, "self_attn.k_proj.", 17) || !strncmp(own, "self_attn.v_proj.", 17));
 }
 
 void gemma_tensors_free(struct gemma_tensors *t)

@@ -81,29 +81,20 @@ static int transfer_task(void *ctx, size_t task, int worker)
 }
 
 /* A thread for each processor, up to as many as storage can feed. */
-static int open_pool(struct parallel **pool)
+static int count_loaders(void)
 {
-    int rc = parallel_open(pool, 0);
-    if (!rc && parallel_workers(*pool) > MAX_LOADERS) {
-        parallel_close(*pool);
-        rc = parallel_open(pool, MAX_LOADERS);
-    }
-    return rc;
+    const int n = parallel_processors();
+    return n < MAX_LOADERS ? n : MAX_LOADERS;
 }
 
 uint64_t weights_loader_bytes(const struct backend *b)
 {
-    struct parallel *pool;
-    if (b->host_memory || open_pool(&pool) < 0)
-        return 0;
-    const uint64_t bytes = (uint64_t)parallel_workers(pool) * PIECE_BYTES;
-    parallel_close(pool);
-    return bytes;
+    return b->host_memory ? 0 : (uint64_t)count_loaders() * PIECE_BYTES;
 }
 
 static int open_workers(struct loader *l)
 {
-    int rc = open_pool(&l->pool);
+    int rc = parallel_open(&l->pool, count_loaders());
     if (rc < 0)
         return rc;
     const int n = parallel_workers(l->pool);

@@ -17,27 +17,11 @@ static const struct kind {
 };
 enum { N_KINDS = sizeof kinds / sizeof *kinds };
 
-/* What a layer's tensor is called in it, and the layer; NULL: it is not of a layer. */
-static const char *name_in_layer(const struct gemma_config *c, const char *prefix, const char *name,
-                                 int *layer)
-{
-    static const char layers[] = "layers.";
-    const size_t n = strlen(prefix);
-    if (strncmp(name, prefix, n) || strncmp(name + n, layers, sizeof layers - 1))
-        return NULL;
-    char *end;
-    const long long i = strtoll(name + n + sizeof layers - 1, &end, 10);
-    if (i < 0 || i >= c->n_layers || *end != '.')
-        return NULL;
-    *layer = (int)i;
-    return end + 1;
-}
-
 /* Which kind a tensor is, and of which layer; NULL: none. */
 static const struct kind *find_kind(const struct gemma_config *c, const char *prefix, const char *name,
                                     int *layer)
 {
-    const char *own = name_in_layer(c, prefix, name, layer);
+    const char *own = gemma_name_in_layer(c, prefix, name, layer);
     for (int k = 0; own && k < N_KINDS; k++)
         if (!strcmp(own, kinds[k].name))
             return &kinds[k];
@@ -50,7 +34,7 @@ static int refuse_experts(const struct checkpoint *ck, const struct gemma_config
     static const char experts[] = "experts.";
     int layer;
     for (size_t i = 0; i < ck->n_tensors; i++) {
-        const char *own = name_in_layer(c, prefix, ck->tensors[i].name, &layer);
+        const char *own = gemma_name_in_layer(c, prefix, ck->tensors[i].name, &layer);
         if (own && !strncmp(own, experts, sizeof experts - 1))
             return err_set(ERR_UNSUPPORTED,
                            "%s: has tensor '%s', but config.json does not say 'enable_moe_block'", ck->folder,
