@@ -3,6 +3,7 @@
 #include "kernels/cpu/runs.h"
 
 #include "base/err.h"
+#include "kernels/expert_operands.h"
 
 #include <math.h>
 
@@ -85,13 +86,9 @@ static int route_task(void *ctx, size_t run, int worker)
 int cpu_route(const struct backend *b, const struct mat *logits, const struct mat *factors,
               const struct mat *experts, const struct mat *weights)
 {
-    CHECK(logits->dtype == DTYPE_F32 && experts->dtype == DTYPE_I32 && weights->dtype == DTYPE_F32);
-    CHECK(experts->rows == logits->rows && weights->rows == logits->rows && weights->cols == experts->cols);
-    CHECK(experts->cols > 0 && experts->cols <= logits->cols && (!factors || factors->cols == logits->cols));
-    if (logits->cols > MAX_EXPERTS || experts->cols > MAX_CHOSEN)
-        return err_set(ERR_UNSUPPORTED, "route: %lld of %lld experts, expected at most %d of %d",
-                       (long long)experts->cols, (long long)logits->cols, MAX_CHOSEN, MAX_EXPERTS);
-    const int rc = factors ? cpu_check_float(factors, "route") : 0;
+    int rc = check_route(logits, factors, experts, weights);
+    if (!rc && factors)
+        rc = cpu_check_float(factors, "route");
     struct route_job j = {logits, factors, experts, weights};
     return rc < 0 ? rc : parallel_for(cpu_state(b)->pool, n_runs(logits->rows), route_task, &j);
 }
@@ -135,9 +132,8 @@ static int gather_task(void *ctx, size_t run, int worker)
 int cpu_gather_rows(const struct backend *b, const struct mat *x, const struct mat *rows,
                     const struct mat *factors, const struct mat *out)
 {
-    CHECK(x->dtype == DTYPE_F32 && out->dtype == DTYPE_F32 && x->cols == out->cols);
-    CHECK(rows ? rows->dtype == DTYPE_I32 && rows->cols == out->rows : x->rows == out->rows);
-    CHECK(!factors || (factors->dtype == DTYPE_F32 && factors->cols == out->rows));
+    check_gather_rows(x, rows, factors, out);
+    CHECK(x->dtype == DTYPE_F32 && out->dtype == DTYPE_F32);
     struct gather_job j = {x, out, rows ? rows->data : NULL, factors ? factors->data : NULL};
     return parallel_for(cpu_state(b)->pool, n_runs(out->rows), gather_task, &j);
 }
@@ -165,10 +161,8 @@ static int combine_task(void *ctx, size_t run, int worker)
 int cpu_combine_rows(const struct backend *b, const struct mat *y, const struct mat *slots,
                      const struct mat *weights, const struct mat *out)
 {
-    CHECK(y->dtype == DTYPE_F32 && out->dtype == DTYPE_F32 && y->cols == out->cols);
-    CHECK(slots->dtype == DTYPE_I32 && slots->cols > 0 && slots->rows == out->rows);
-    CHECK(!weights ||
-          (weights->dtype == DTYPE_F32 && weights->rows == out->rows && weights->cols == slots->cols));
+    check_combine_rows(y, slots, weights, out);
+    CHECK(y->dtype == DTYPE_F32 && out->dtype == DTYPE_F32);
     struct combine_job j = {y, slots, weights, out};
     return parallel_for(cpu_state(b)->pool, n_runs(out->rows), combine_task, &j);
 }
@@ -233,11 +227,8 @@ int cpu_route_backward(const struct backend *b, const struct route_tape *tape, c
                        const struct mat *dlogits)
 {
     const struct route_tape *t = tape;
-    CHECK(t->logits.dtype == DTYPE_F32 && t->experts.dtype == DTYPE_I32 && t->slots.dtype == DTYPE_I32);
-    CHECK(t->y.dtype == DTYPE_F32 && dout->dtype == DTYPE_F32 && dlogits->dtype == DTYPE_F32);
-    CHECK(t->logits.rows == dout->rows && t->experts.rows == dout->rows && t->slots.rows == dout->rows);
-    CHECK(dlogits->rows == dout->rows && dlogits->cols == t->logits.cols && t->y.cols == dout->cols);
-    CHECK(t->experts.cols > 0 && t->experts.cols <= MAX_CHOSEN && t->slots.cols == t->experts.cols);
+    check_route_backward(t, dout, dlogits);
+    CHECK(t->y.dtype == DTYPE_F32 && dout->dtype == DTYPE_F32);
     const int rc = t->factors.data ? cpu_check_float(&t->factors, "route_backward") : 0;
     struct route_backward_job j = {tape, dout, dlogits};
     return rc < 0 ? rc : parallel_for(cpu_state(b)->pool, n_runs(dout->rows), route_backward_task, &j);

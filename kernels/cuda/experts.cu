@@ -2,6 +2,7 @@
  * expert's products, and the experts' results added up again; the router's gradient. A warp takes a row, or a piece of
  * one. */
 #include "kernels/cuda/elements.cuh"
+#include "kernels/expert_operands.h"
 
 enum {
     WARPS = THREADS / 32,
@@ -130,13 +131,9 @@ template <int E> static __global__ void __launch_bounds__(THREADS) route_kernel(
 extern "C" int cuda_route(const struct backend *b, const struct mat *logits, const struct mat *factors,
                           const struct mat *experts, const struct mat *weights)
 {
-    CHECK(logits->dtype == DTYPE_F32 && experts->dtype == DTYPE_I32 && weights->dtype == DTYPE_F32);
-    CHECK(experts->rows == logits->rows && weights->rows == logits->rows && weights->cols == experts->cols);
-    CHECK(experts->cols > 0 && experts->cols <= logits->cols && (!factors || factors->cols == logits->cols));
-    if (logits->cols > MAX_EXPERTS || experts->cols > MAX_CHOSEN)
-        return err_set(ERR_UNSUPPORTED, "route: %lld of %lld experts, expected at most %d of %d",
-                       (long long)experts->cols, (long long)logits->cols, MAX_CHOSEN, MAX_EXPERTS);
-    const int rc = factors ? cuda_check_float(factors, "route") : 0;
+    int rc = check_route(logits, factors, experts, weights);
+    if (!rc && factors)
+        rc = cuda_check_float(factors, "route");
     if (rc < 0 || logits->rows == 0)
         return rc;
     struct route_job j = {};
@@ -219,9 +216,7 @@ static void launch_gather(const struct mat *x, const struct mat *out, struct gat
 extern "C" int cuda_gather_rows(const struct backend *b, const struct mat *x, const struct mat *rows,
                                 const struct mat *factors, const struct mat *out)
 {
-    CHECK(x->cols == out->cols);
-    CHECK(rows ? rows->dtype == DTYPE_I32 && rows->cols == out->rows : x->rows == out->rows);
-    CHECK(!factors || (factors->dtype == DTYPE_F32 && factors->cols == out->rows));
+    check_gather_rows(x, rows, factors, out);
     int rc = x->dtype == DTYPE_F32 ? 0 : check_dtype(x, DTYPE_BF16, "gather_rows");
     if (!rc && out->dtype != DTYPE_F32)
         rc = check_dtype(out, DTYPE_BF16, "gather_rows");
@@ -281,10 +276,8 @@ template <int V> static __global__ void __launch_bounds__(THREADS) combine_kerne
 extern "C" int cuda_combine_rows(const struct backend *b, const struct mat *y, const struct mat *slots,
                                  const struct mat *weights, const struct mat *out)
 {
-    CHECK(y->cols == out->cols && slots->dtype == DTYPE_I32 && slots->rows == out->rows);
-    CHECK(!weights ||
-          (weights->dtype == DTYPE_F32 && weights->rows == out->rows && weights->cols == slots->cols));
-    CHECK(slots->cols > 0 && slots->cols <= INT32_MAX);
+    check_combine_rows(y, slots, weights, out);
+    CHECK(slots->cols <= INT32_MAX);
     int rc = check_dtype(y, DTYPE_BF16, "combine_rows");
     if (!rc)
         rc = check_dtype(out, DTYPE_BF16, "combine_rows");
@@ -413,11 +406,7 @@ extern "C" int cuda_route_backward(const struct backend *b, const struct route_t
                                    const struct mat *dout, const struct mat *dlogits)
 {
     const struct route_tape *t = tape;
-    CHECK(t->logits.dtype == DTYPE_F32 && t->experts.dtype == DTYPE_I32 && t->slots.dtype == DTYPE_I32);
-    CHECK(t->logits.rows == dout->rows && t->experts.rows == dout->rows && t->slots.rows == dout->rows);
-    CHECK(dlogits->rows == dout->rows && dlogits->cols == t->logits.cols && t->y.cols == dout->cols);
-    CHECK(t->experts.cols > 0 && t->experts.cols <= MAX_CHOSEN && t->slots.cols == t->experts.cols);
-    CHECK(dlogits->dtype == DTYPE_F32);
+    check_route_backward(t, dout, dlogits);
     int rc = t->factors.data ? cuda_check_float(&t->factors, "route_backward") : 0;
     if (!rc)
         rc = check_dtype(&t->y, DTYPE_BF16, "route_backward");
