@@ -45,6 +45,19 @@ const char *cutting_model(const char *name, const struct tiny_gemma *g)
     return folder;
 }
 
+void cutting_check_same_file(const char *a, const char *b, const char *name)
+{
+    size_t n, m;
+    char *p = file_join(a, name), *q = file_join(b, name);
+    char *s = support_read(p, &n), *t = support_read(q, &m);
+    if (n != m || memcmp(s, t, n))
+        fail_msg("%s and %s differ", p, q);
+    free(p);
+    free(q);
+    free(s);
+    free(t);
+}
+
 void cutting_check_same(const char *a, const char *b)
 {
     struct file_list x, y;
@@ -52,16 +65,8 @@ void cutting_check_same(const char *a, const char *b)
     assert_ok(file_list(&y, b));
     assert_int_equal(x.n, y.n);
     for (size_t i = 0; i < x.n; i++) {
-        size_t n, m;
         assert_string_equal(x.names[i], y.names[i]);
-        char *p = file_join(a, x.names[i]), *q = file_join(b, x.names[i]);
-        char *s = support_read(p, &n), *t = support_read(q, &m);
-        if (n != m || memcmp(s, t, n))
-            fail_msg("%s and %s differ", p, q);
-        free(p);
-        free(q);
-        free(s);
-        free(t);
+        cutting_check_same_file(a, b, x.names[i]);
     }
     file_list_free(&x);
     file_list_free(&y);
@@ -91,6 +96,23 @@ void cutting_kill_at_check(void *ctx, enum cut_stage stage, uint64_t total)
     (void)total;
     if (stage == CUT_CHECK)
         kill(getpid(), SIGKILL);
+}
+
+int cutting_convert(const char *from, const char *to, enum quant_format format)
+{
+    static const struct convert_events silent;
+    const struct convert_options o = {.model = from,
+                                      .out = to,
+                                      .version = "test",
+                                      .format = format,
+                                      .shard_bytes = UINT64_MAX,
+                                      .n_workers = 2};
+    struct convert *c;
+    int rc = convert_open(&c, &o);
+    if (!rc)
+        rc = convert_run(c, &silent);
+    convert_close(c);
+    return rc;
 }
 
 void cutting_run_killed(const struct cut_options *o, const struct cut_events *events)

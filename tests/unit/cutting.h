@@ -2,6 +2,7 @@
 #ifndef GEMCUT_TESTS_UNIT_CUTTING_H
 #define GEMCUT_TESTS_UNIT_CUTTING_H
 
+#include "quantize/convert.h"
 #include "quantize/cut.h"
 #include "tests/unit/tiny_gemma.h"
 
@@ -12,6 +13,9 @@ struct cut_options cutting_options(const char *model, const char *out);
 int cutting_run(const struct cut_options *options, const struct cut_events *events);
 extern const struct cut_events cutting_silent;
 
+/* The same of a conversion, into one shard by two threads. */
+int cutting_convert(const char *from, const char *to, enum quant_format format);
+
 /* Runs in a child process that is killed on its way, by the events below. */
 void cutting_run_killed(const struct cut_options *options, const struct cut_events *events);
 
@@ -21,6 +25,9 @@ void cutting_kill_at_check(void *ctx, enum cut_stage stage, uint64_t total);
 
 /* The model's folder under the test's; written at the first call with that name. */
 const char *cutting_model(const char *name, const struct tiny_gemma *g);
+
+/* A file of both folders has the same bytes. */
+void cutting_check_same_file(const char *a, const char *b, const char *name);
 
 /* Both folders have the same files with the same bytes. */
 void cutting_check_same(const char *a, const char *b);

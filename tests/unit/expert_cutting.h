@@ -10,7 +10,8 @@ enum { DENSE = 7 * LAYERS - 1, N_LINEARS = DENSE + 3 * N_EXPERTS * LAYERS };
 extern const struct tiny_gemma *const mixture;
 extern const char *const mixture_all_experts[1]; /* globs */
 extern const char *const mixture_middle_layer[1];
-int mixture_make(void **state); /* a group fixture: a folder, and ids to calibrate with */
+int mixture_make(void **state);        /* a group fixture: a folder, and ids to calibrate with */
+int mixture_lift_budget(void **state); /* a teardown of tests that set one */
 
 /* The source, with experts in two tensors a layer or a tensor for each linear. */
 const char *mixture_whole(void);

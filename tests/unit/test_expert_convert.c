@@ -1,28 +1,10 @@
 /* Cuts of a mixture of experts in other formats, and damaged ones. The model is made up (tiny_gemma.h). */
 #include "base/file.h"
-#include "quantize/convert.h"
 #include "runtime/weights.h"
 #include "tests/unit/expert_cutting.h"
 #include "tests/unit/support.h"
 
 /* --- converted ------------------------------------------------------------------------------------------------------ */
-
-static int convert(const char *from, const char *to, enum quant_format format)
-{
-    static const struct convert_events silent;
-    const struct convert_options o = {.model = from,
-                                      .out = to,
-                                      .version = "test",
-                                      .format = format,
-                                      .shard_bytes = UINT64_MAX,
-                                      .n_workers = 2};
-    struct convert *c;
-    int rc = convert_open(&c, &o);
-    if (!rc)
-        rc = convert_run(c, &silent);
-    convert_close(c);
-    return rc;
-}
 
 /* To another format and back: the same bytes. Experts that stay in 16 bits lie as they did. */
 static void test_converted(void **state)
@@ -36,11 +18,11 @@ static void test_converted(void **state)
         for (int f = QUANT_AUTO_ROUND; f < N_QUANT_FORMATS; f++) {
             struct cut_options direct = o;
             const char *to = support_path("to-%d-%d", i, f), *back = support_path("back-%d-%d", i, f);
-            assert_ok(convert(o.out, to, (enum quant_format)f));
+            assert_ok(cutting_convert(o.out, to, (enum quant_format)f));
             mixture_check_good(to);
             if (i)
                 mixture_check_kept(to, mixture_whole(), 1);
-            assert_ok(convert(to, back, QUANT_COMPRESSED_TENSORS));
+            assert_ok(cutting_convert(to, back, QUANT_COMPRESSED_TENSORS));
             mixture_check_good(back);
             mixture_check_same(back, o.out);
             direct.out = support_path("direct-%d-%d", i, f);
@@ -100,7 +82,7 @@ static void test_damaged(void **state)
         damaged("gone", "model.safetensors", missing, "model.layers.1.experts.9.up_proj.weight_packed");
     mixture_check_verified(gone, NULL, missing, "is missing, expected I32 [96, 8]");
     assert_error(load(gone), ERR_FORMAT, "experts.3.up_proj.weight_packed' is missing");
-    assert_error(convert(gone, support_path("never"), QUANT_GPTQ), ERR_FORMAT, "is missing");
+    assert_error(cutting_convert(gone, support_path("never"), QUANT_GPTQ), ERR_FORMAT, "is missing");
     const char *shape = damaged("shape", "model.safetensors", "experts.7.down_proj.weight_scale\"",
                                 "experts.7.down_proj.weight_scald\"");
     mixture_check_verified(shape, NULL, "experts.7.down_proj.weight_scale",
@@ -220,7 +202,7 @@ static void test_one_other(void **state)
     assert_error(load(folder), ERR_UNSUPPORTED, "which is not supported for experts");
     assert_non_null(strstr(err_message(), "'model.layers.1.experts.0.gate_proj.weight' and "
                                           "'model.layers.1.experts.3.up_proj.weight'"));
-    assert_error(convert(folder, support_path("never"), QUANT_GPTQ), ERR_UNSUPPORTED,
+    assert_error(cutting_convert(folder, support_path("never"), QUANT_GPTQ), ERR_UNSUPPORTED,
                  "are quantized differently, and readers run them as one matrix");
     cutting_check_absent(support_path("never"));
 }

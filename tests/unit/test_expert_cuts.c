@@ -176,13 +176,6 @@ static void test_planned_for_all(void **state)
     assert_int_equal(planned("*layers.0.experts*"), planned("*experts*"));
 }
 
-static int lift_budget(void **state)
-{
-    (void)state;
-    budget_set(0);
-    return 0;
-}
-
 /* Where there is little memory, fewer experts' Hessians are held at once; the same bytes. */
 static void test_few_at_once(void **state)
 {
@@ -275,7 +268,7 @@ int main(void)
         cmocka_unit_test(test_kept),
         cmocka_unit_test(test_own_groups),
         cmocka_unit_test(test_planned_for_all),
-        cmocka_unit_test_teardown(test_few_at_once, lift_budget),
+        cmocka_unit_test_teardown(test_few_at_once, mixture_lift_budget),
         cmocka_unit_test(test_killed),
         cmocka_unit_test(test_interrupted),
     };

@@ -174,13 +174,6 @@ static void test_killed(void **state)
     }
 }
 
-static int lift_budget(void **state)
-{
-    (void)state;
-    budget_set(0);
-    return 0;
-}
-
 /* What is planned is enough; where less is there, samples are worked on one by one. */
 static void test_little_memory(void **state)
 {
@@ -209,7 +202,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_all),    cmocka_unit_test(test_record),
         cmocka_unit_test(test_ways),   cmocka_unit_test(test_kept),
-        cmocka_unit_test(test_killed), cmocka_unit_test_teardown(test_little_memory, lift_budget),
+        cmocka_unit_test(test_killed), cmocka_unit_test_teardown(test_little_memory, mixture_lift_budget),
     };
     return cmocka_run_group_tests(tests, mixture_make, support_remove_folder);
 }

@@ -1,6 +1,5 @@
 /* Cuts as others write them are read, loaded and converted to the same weights; and what cannot be read is refused. */
 #include "base/file.h"
-#include "quantize/convert.h"
 #include "runtime/packed.h"
 #include "runtime/weights.h"
 #include "tests/unit/cutting.h"
@@ -15,8 +14,6 @@ static const struct tiny_gemma small = {.hidden = 64,
                                         .kv_heads = 1,
                                         .head_dim = 32,
                                         .dtype = DTYPE_BF16};
-
-static const struct convert_events silent;
 
 /* A cut of ours, by rows: "w4", "asym", "w8" or "channel". */
 static const char *our_cut(const char *name, struct quant_scheme s)
@@ -107,22 +104,6 @@ static void check_loaded(const char *folder)
 
 /* --- converting ------------------------------------------------------------------------------------------------- */
 
-static int convert(const char *from, const char *to, enum quant_format format)
-{
-    const struct convert_options o = {.model = from,
-                                      .out = to,
-                                      .version = "test",
-                                      .format = format,
-                                      .shard_bytes = UINT64_MAX,
-                                      .n_workers = 2};
-    struct convert *c;
-    int rc = convert_open(&c, &o);
-    if (!rc)
-        rc = convert_run(c, &silent);
-    convert_close(c);
-    return rc;
-}
-
 static void check_same_file(const char *a, const char *b, const char *name)
 {
     size_t n, m;
@@ -210,10 +191,10 @@ static void test_forms(void **state)
         check_loaded(folder);
         model_close(&ours);
         if (forms[i].direct) { /* and it is ours again */
-            assert_ok(convert(folder, back, QUANT_COMPRESSED_TENSORS));
+            assert_ok(cutting_convert(folder, back, QUANT_COMPRESSED_TENSORS));
             check_same_file(cut, back, "model.safetensors");
         } else {
-            assert_error(convert(folder, back, QUANT_COMPRESSED_TENSORS), ERR_UNSUPPORTED,
+            assert_error(cutting_convert(folder, back, QUANT_COMPRESSED_TENSORS), ERR_UNSUPPORTED,
                          "which BF16 does not have exactly; compressed-tensors stores scales in BF16");
             cutting_check_absent(back);
         }
@@ -233,9 +214,9 @@ static void test_f16_scales(void **state)
     struct model ours;
     open_bound(&ours, cut);
     foreign_write(&form, &ours, folder);
-    assert_ok(convert(folder, gptq, QUANT_GPTQ));
+    assert_ok(cutting_convert(folder, gptq, QUANT_GPTQ));
     check_read(&form, &ours, gptq, false);
-    assert_ok(convert(gptq, back, QUANT_AUTO_ROUND));
+    assert_ok(cutting_convert(gptq, back, QUANT_AUTO_ROUND));
     check_same_file(folder, back, "model.safetensors");
     model_close(&ours);
 }
@@ -295,15 +276,15 @@ static void test_not_converted(void **state)
     (void)state;
     const struct quant_scheme w4 = {4, true, 32}, asymmetric = {4, false, 32};
     const char *out = support_path("refused");
-    assert_error(convert(cutting_model("small", &small), out, QUANT_GPTQ), ERR_UNSUPPORTED,
+    assert_error(cutting_convert(cutting_model("small", &small), out, QUANT_GPTQ), ERR_UNSUPPORTED,
                  "is not quantized, expected a cut");
-    assert_error(convert(our_cut(scheme_name(asymmetric), asymmetric), out, QUANT_GPTQ), ERR_USAGE,
+    assert_error(cutting_convert(our_cut(scheme_name(asymmetric), asymmetric), out, QUANT_GPTQ), ERR_USAGE,
                  "is to have zero points, which readers of gptq get wrong");
-    assert_error(convert(support_path("nowhere"), out, QUANT_GPTQ), ERR_IO, "nowhere");
+    assert_error(cutting_convert(support_path("nowhere"), out, QUANT_GPTQ), ERR_IO, "nowhere");
     cutting_check_absent(out);
     const char *cut = our_cut(scheme_name(w4), w4);
-    assert_ok(convert(cut, out, QUANT_GPTQ));
-    assert_error(convert(cut, out, QUANT_GPTQ), ERR_IO, "exists (--overwrite");
+    assert_ok(cutting_convert(cut, out, QUANT_GPTQ));
+    assert_error(cutting_convert(cut, out, QUANT_GPTQ), ERR_IO, "exists (--overwrite");
 }
 
 /* --- our own formats -------------------------------------------------------------------------------------------- */
@@ -322,7 +303,7 @@ static void check_formats(const char *name, const struct recipe *recipe, const c
     for (int f = 0; f < N_QUANT_FORMATS; f++)
         for (int t = 0; t < N_QUANT_FORMATS; t++) {
             const char *to = support_path("%s-%d-%d", name, f, t);
-            assert_ok(convert(outs[f], to, (enum quant_format)t));
+            assert_ok(cutting_convert(outs[f], to, (enum quant_format)t));
             check_same_file(outs[t], to, "model.safetensors");
             check_same_file(outs[t], to, "config.json");
         }
